@@ -1,0 +1,83 @@
+"""Every error this program raises on purpose.
+
+* LoramixError                 anything a user or a client can act on
+  * MixError               a mix that cannot be read or applied
+    - MixSyntaxError         "a:0.5++b"
+    - UnknownAdapter         a name the library does not hold
+  * AdapterError           a file or tensor that does not fit
+    - BaseMismatch           trained for another base model
+    - FormatError            not a LoRA adapter we can read
+  * BaseError              a base model that cannot be opened
+  * RouteError             a router that cannot be fitted, loaded or used
+  * EngineError            the engine refused or lost a request
+    - BadRequest             a request no engine can answer (empty prompt, impossible sampling)
+    - TooLong                prompt + max_tokens exceed the context
+    - Busy                   the queue is full
+  * TrainError             training data or settings that cannot work
+
+A message says what happened, what was expected, and what to do next, in one line. The command
+line prints it and exits 1; the server sends it as OpenAI error JSON with `status`. Nothing else
+catches LoramixError.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoramixError(Exception):
+    """Base of all errors raised on purpose."""
+
+    status = 400
+
+
+class MixError(LoramixError): ...
+
+
+class MixSyntaxError(MixError): ...
+
+
+class UnknownAdapter(MixError):
+    """A mix names an adapter that the library does not hold."""
+
+    status = 404
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names) or 'none'}."
+        super().__init__(f"No adapter {name!r} in the library. {hint}")
+
+
+class AdapterError(LoramixError): ...
+
+
+class BaseMismatch(AdapterError): ...
+
+
+class FormatError(AdapterError): ...
+
+
+class BaseError(LoramixError): ...
+
+
+class RouteError(LoramixError): ...
+
+
+class EngineError(LoramixError): ...
+
+
+class BadRequest(EngineError): ...
+
+
+class TooLong(EngineError): ...
+
+
+class Busy(EngineError):
+    """The queue is full: the request was not taken."""
+
+    status = 503
+
+
+class TrainError(LoramixError): ...
