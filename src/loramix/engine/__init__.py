@@ -51,11 +51,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Text as it appears; the last chunk of a request says why it ended."""
+    """Text as it appears; the last chunk of a request says why it ended, and its prompt's size."""
 
     text: str
     num_tokens: int
     finish: Finish | None = None
+    num_prompt_tokens: int = 0  # set on the last chunk, as in `Answer`
 
 
 @dataclass(frozen=True, slots=True)
