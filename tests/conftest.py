@@ -1,0 +1,34 @@
+"""What several tests share: tiny random models, random adapters, the folder of real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ARCHITECTURES
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real adapters, configs, tokenizers and datasets that are not part of this project.
+
+    `LORAMIX_DATA` names the folder; without it, `shared/data` beside the checkout is tried. Tests
+    that need it are skipped where there is none; synthesised twins cover the same layouts.
+    """
+    checkout = Path(__file__).parents[1]
+    given = os.environ.get("LORAMIX_DATA")
+    places = (
+        [Path(given)] if given else [p / "shared" / "data" for p in (checkout.parent, checkout)]
+    )
+    for place in places:
+        if place.is_dir():
+            return place
+    pytest.skip("no folder of real data (set LORAMIX_DATA)")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each architecture of tests/tiny.py in turn."""
+    return str(request.param)
