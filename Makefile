@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: run test lint check clean
+.PHONY: run test lint check readme clean
 
 run: $(READY)
 	@$(BIN)/loramix demo
@@ -21,6 +21,9 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 check: lint test
+
+readme: $(READY)
+	$(BIN)/python docs/refresh.py README.md
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
