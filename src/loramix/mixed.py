@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ from loramix.adapter import Adapter
 from loramix.errors import BaseMismatch, UnknownAdapter
 from loramix.lora import Pair, dora_gain
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 MAX_BLOCKS = 16  # sets of adapters whose side-by-side factors a layer remembers
 
 
@@ -36,6 +40,7 @@ class Gates:
 
     adapters: tuple[str, ...]  # K names
     weights: Tensor  # [N, T, K], or [N, 1, K] when a row keeps one mix
+    dropout: float = 0.0  # share of the input that no adapter sees, while training
 
 
 class ActiveMixes:
@@ -112,6 +117,8 @@ class MixedLinear(nn.Module):
         if gates is None or (block := self._block(gates.adapters)) is None:
             return y
         scale = gates.weights[..., block.owner]  # [N, T, R]
+        if gates.dropout:
+            x = F.dropout(x, gates.dropout)
         update = F.linear(F.linear(x.to(block.a.dtype), block.a) * scale.to(block.a.dtype), block.b)
         if block.gains is not None:
             wx = y if self.base.bias is None else y - self.base.bias
@@ -160,8 +167,9 @@ class MixedModel:
     every layer is its base.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.requires_grad_(False)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        model.requires_grad_(False)
         self.active = ActiveMixes()
         self.layers: dict[str, MixedLinear] = {}
         self.digests: dict[str, str] = {}
@@ -185,6 +193,14 @@ class MixedModel:
         for layer in self.layers.values():
             layer.unbind(name)
         self.digests.pop(name, None)
+
+    def release(self) -> None:
+        """Put the base's own layers back; the model is as it was before it was wrapped."""
+        for name, layer in self.layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, layer.base)
+        self.layers.clear()
+        self.digests.clear()
 
     def _wrap(self, name: str) -> MixedLinear:
         if name not in self.layers:

@@ -1,0 +1,1 @@
+"""Rows of text become the pairs of an expert, learned through the layers that will serve it."""
