@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.tiny import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from tests.shop import Shop
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +36,11 @@ def data_dir() -> Path:
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each architecture of tests/tiny.py in turn."""
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """A tiny base, a library and its router on disk; tests leave it as it is."""
+    from tests.shop import build
+
+    return build(tmp_path_factory.mktemp("shop"))
