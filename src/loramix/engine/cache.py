@@ -1,0 +1,118 @@
+"""Keys and values: of each running request, and of finished ones that a later request may reuse.
+
+Reuse is keyed by the mix and the content of its adapters, never by tokens alone: the keys and
+values of one mix are wrong for any other, and for the same names after an adapter was replaced.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+ROOM = 64  # tokens that a new buffer holds at least
+
+
+class History:
+    """The keys and values of one request, per layer, in buffers that double when they are full.
+
+    Within a step each layer appends at `num_tokens`, and `advance` ends the step.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # each [1, H, room, D]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self._layers.values())
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the step's keys and values, [1, H, T, D]; return those of all tokens so far."""
+        start, end = self.num_tokens, self.num_tokens + keys.shape[2]
+        if layer not in self._layers or self._layers[layer][0].shape[2] < end:
+            old = self._layers.get(layer, (keys[:, :, :0], values[:, :, :0]))
+            self._layers[layer] = _grown(old[0], start, end), _grown(old[1], start, end)
+        all_keys, all_values = self._layers[layer]
+        all_keys[:, :, start:end] = keys
+        all_values[:, :, start:end] = values
+        return all_keys[:, :, :end], all_values[:, :, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+
+    def prefix(self, num_tokens: int) -> History:
+        """A copy of the first tokens' keys and values, to be continued differently."""
+        assert num_tokens <= self.num_tokens
+        copy = History()
+        copy.num_tokens = num_tokens
+        for layer, (keys, values) in self._layers.items():
+            copy._layers[layer] = (
+                _grown(keys, num_tokens, num_tokens + 1),
+                _grown(values, num_tokens, num_tokens + 1),
+            )
+        return copy
+
+
+def _grown(buffer: Tensor, used: int, needed: int) -> Tensor:
+    """A buffer with room for more tokens that holds the first `used` of this one."""
+    _, heads, room, width = buffer.shape
+    grown = buffer.new_empty(1, heads, max(ROOM, needed, min(2 * room, 2 * needed)), width)
+    grown[:, :, :used] = buffer[:, :, :used]
+    return grown
+
+
+class PrefixCache:
+    """Finished requests' keys and values, least recently used first, within a budget of bytes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.limit_bytes = size_bytes
+        self.size_bytes = 0
+        self._entries: OrderedDict[tuple[str, bytes], History] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def longest(self, key: str, tokens: Sequence[int]) -> History:
+        """A history of the longest prefix of `tokens` computed under the same key; maybe empty."""
+        wanted = np.asarray(tokens, dtype=np.int64)
+        best, best_name = 0, None
+        for name in self._entries:
+            if (
+                name[0] == key
+                and (shared := _shared(wanted, np.frombuffer(name[1], np.int64))) > best
+            ):
+                best, best_name = shared, name
+        if best_name is None:
+            return History()
+        self._entries.move_to_end(best_name)
+        return self._entries[best_name].prefix(best)
+
+    def store(self, key: str, tokens: Sequence[int], history: History) -> None:
+        """Keep a finished request's history, which must not be appended to any more.
+
+        Entries that it continues are dropped: it serves whatever they served.
+        """
+        assert history.num_tokens == len(tokens)
+        if not tokens or history.size_bytes > self.limit_bytes:
+            return
+        name = (key, np.asarray(tokens, dtype=np.int64).tobytes())
+        for old in [old for old in self._entries if old[0] == key and name[1].startswith(old[1])]:
+            self._drop(old)
+        self._entries[name] = history
+        self.size_bytes += history.size_bytes
+        while self.size_bytes > self.limit_bytes:
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, name: tuple[str, bytes]) -> None:
+        self.size_bytes -= self._entries.pop(name).size_bytes
+
+
+def _shared(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """How many leading tokens two sequences have in common."""
+    length = min(len(a), len(b))
+    differ = a[:length] != b[:length]
+    return int(differ.argmax()) if differ.any() else length

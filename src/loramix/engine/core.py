@@ -1,0 +1,156 @@
+"""The thread that owns the model: it computes one step after another and obeys calls in between.
+
+Everything that touches the model, the running batch or the cache happens on this thread, so none
+of it needs a lock. Others send it functions to call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loramix.adapter import Adapter
+from loramix.engine.attention import StepCache, configs, packed
+from loramix.engine.scheduler import Batch, Scheduler, Task
+from loramix.errors import EngineError
+from loramix.mixed import MixedModel
+
+CLOSED = "The engine is closed; open a new one."
+
+
+class Core:
+    """A model, its running batch, and the thread that moves them on."""
+
+    def __init__(self, model: PreTrainedModel, scheduler: Scheduler) -> None:
+        self.mixed = MixedModel(model)
+        self.model = model
+        self.scheduler = scheduler
+        self._configs = configs(model)
+        self._users: Counter[str] = Counter()  # of each adapter bound to the model
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="loramix-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Fail what is unfinished, end the thread, give the model back as it was."""
+        with self._lock:
+            self._closed = True
+            self._calls.put(lambda: None)  # wakes the thread
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self.mixed.release()
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have the thread call this before its next step. Raises EngineError once closed."""
+        with self._lock:
+            if self._closed:
+                raise EngineError(CLOSED)
+            self._calls.put(call)
+
+    def submit(self, task: Task) -> None:
+        """Add a task; it holds the adapters of its mix until it is done."""
+
+        def take() -> None:
+            for name, _ in task.weights:
+                self._users[name] += 1
+            task.done.add_done_callback(lambda _: self._leave(task))
+            self.scheduler.add(task)
+
+        self.post(take)
+
+    def cancel(self, task: Task) -> None:
+        with contextlib.suppress(EngineError):  # closed: then it has failed already
+            self.post(lambda: self.scheduler.drop(task))
+
+    def bind(self, adapter: Adapter, name: str) -> None:
+        """Make an adapter available to tasks under this name; wait until it is. Counts as a user.
+
+        Raises BaseMismatch.
+        """
+        bound: Future[None] = Future()
+
+        def take() -> None:
+            try:
+                if not self._users[name]:
+                    self.mixed.bind(replace(adapter, name=name), self.model.dtype)
+                self._users[name] += 1
+                bound.set_result(None)
+            except Exception as error:
+                bound.set_exception(error)
+
+        self.post(take)
+        bound.result()
+
+    def unbind(self, name: str) -> None:
+        """One user less; the adapter leaves the model after its last."""
+        self.post(lambda: self._release(name))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [M, V] in float32 of the rows that are read; the batch's histories grow."""
+        device = self.model.device
+        with torch.inference_mode(), self.mixed.active.using(batch.gates(device)):
+            with packed(self._configs):
+                output = self.model(
+                    input_ids=torch.tensor([batch.tokens], device=device),
+                    position_ids=torch.tensor([batch.positions], device=device),
+                    past_key_values=StepCache(batch.spans),
+                    use_cache=True,
+                    logits_to_keep=torch.tensor(batch.read_rows, device=device),
+                )
+            logits: Tensor = output.logits[0].float()
+            return logits
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                if self.scheduler.is_idle:
+                    self._calls.get()()
+                self._obey()
+                if not self.scheduler.is_idle:
+                    self._step()
+        finally:  # also if a call was wrong: nobody may wait for ever
+            with self._lock:
+                self._closed = True
+            self._obey()
+            for task in [*self.scheduler.running, *self.scheduler.waiting]:
+                self.scheduler.drop(task, EngineError(CLOSED))
+
+    def _step(self) -> None:
+        batch = self.scheduler.next_batch()
+        try:
+            logits = self.forward(batch)
+            self.scheduler.record(batch, logits)
+        except Exception as error:
+            failure = EngineError(f"The step of this request failed: {error!r}. Send it again.")
+            failure.__cause__ = error
+            for part in batch.parts:
+                self.scheduler.drop(part.task, failure)
+
+    def _obey(self) -> None:
+        """Make the calls that have come."""
+        with contextlib.suppress(Empty):
+            while True:
+                self._calls.get_nowait()()
+
+    def _leave(self, task: Task) -> None:
+        for name, _ in task.weights:
+            self._release(name)
+
+    def _release(self, name: str) -> None:
+        self._users[name] -= 1
+        if not self._users[name]:
+            del self._users[name]
+            self.mixed.unbind(name)

@@ -1,0 +1,274 @@
+"""The engine in this process: one running batch in which every request has its own mix.
+
+Prompts are read and checked by the caller's thread; the model runs in one of its own (core.py).
+`generate`, `stream` and `score` all join the same running batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from loramix.adapter import Adapter
+from loramix.base import Base
+from loramix.chat import Message, prompt_ids
+from loramix.engine import Answer, Chunk, Request
+from loramix.engine.cache import PrefixCache
+from loramix.engine.core import Core
+from loramix.engine.exact import exact_context, require_exact, vocabulary_size
+from loramix.engine.reader import Scorer, Writer
+from loramix.engine.sampler import Sampler, end_tokens
+from loramix.engine.scheduler import Reader, Scheduler, Task
+from loramix.engine.text import Detokenizer, StopStrings
+from loramix.errors import BadRequest, Busy, LoramixError, TooLong, UnknownAdapter
+from loramix.mix import Mix
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a request comes to: tokens to compute, and a reader from the prompt's last one on."""
+
+    mix: Mix
+    tokens: Sequence[int]
+    num_prompt: int
+    reader: Reader
+
+
+class LocalEngine:
+    """Serves a base and its adapters; close it, or use it in a `with` block.
+
+    At most `max_batch` requests run at once and `max_queue` wait. A step computes up to
+    `step_tokens` new tokens. Keys and values of finished requests are kept for reuse by requests
+    of the same mix, up to `cache_bytes`. While the engine is open the base's model is its own.
+
+    Raises EngineError for a model that it cannot serve exactly, BaseMismatch for an adapter that
+    does not fit.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Iterable[Adapter] = (),
+        *,
+        max_batch: int = 32,
+        max_queue: int = 1024,
+        step_tokens: int = 512,
+        cache_bytes: int = 256 * MIB,
+    ) -> None:
+        require_exact(base.model)
+        self.base = base
+        self.context = exact_context(base)
+        self.cache = PrefixCache(cache_bytes)
+        self._scheduler = Scheduler(
+            self.cache, max_batch=max_batch, max_queue=max_queue, step_tokens=step_tokens
+        )
+        self._core = Core(base.model, self._scheduler)
+        self._bound: dict[str, str] = {}  # what a name means now: the adapter as bound in the core
+        self._lock = threading.Lock()  # a mix is resolved and its task posted before names change
+        self._generation = base.model.generation_config
+        self._vocabulary = vocabulary_size(base.model)
+        self._core.start()
+        self._closer = weakref.finalize(self, self._core.close)
+        try:
+            for adapter in adapters:
+                self.add(adapter)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Fail what is unfinished with EngineError and end the thread; may be repeated."""
+        self._closer()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names that a mix can have, sorted."""
+        return tuple(sorted(self._bound))
+
+    def add(self, adapter: Adapter) -> None:
+        """Add an adapter, or replace the one of its name, for requests that come from now on.
+
+        Requests at work keep the content they began with. Raises BaseMismatch.
+        """
+        bound = f"{adapter.name}@{adapter.digest}"
+        self._core.bind(adapter, bound)
+        with self._lock:
+            replaced = self._bound.get(adapter.name)
+            self._bound[adapter.name] = bound
+            if replaced is not None:
+                self._core.unbind(replaced)
+
+    def remove(self, name: str) -> None:
+        """Take no more requests for an adapter; those at work finish. Raises UnknownAdapter."""
+        with self._lock:
+            if name not in self._bound:
+                raise UnknownAdapter(name, self._bound)
+            self._core.unbind(self._bound.pop(name))
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer all requests as one running batch, in order; wait while the queue is full.
+
+        All are checked before any is begun. Raises BadRequest, TooLong, UnknownAdapter, or
+        EngineError when one of them fails; the others are then cancelled.
+        """
+        prompts = [self._prompt(request) for request in requests]
+        writers = [self._writer(r, p, _ignore) for r, p in zip(requests, prompts, strict=True)]
+        jobs = zip(requests, prompts, writers, strict=True)
+        tasks = self._finish([Job(r.mix, p, len(p), w) for r, p, w in jobs])
+        return [w.answer(t.num_cached_tokens) for w, t in zip(writers, tasks, strict=True)]
+
+    def score(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
+        """Log-likelihood in nats of each continuation, summed over its tokens, as one batch.
+
+        The continuation of a text is cut into tokens together with the text if that leaves the
+        text's own tokens as they are, else by itself; that of messages or tokens always by itself.
+        No end token is added, and `sampling` plays no part. Raises as `generate` does, and
+        BadRequest for a continuation without tokens.
+        """
+        if len(requests) != len(continuations):
+            raise BadRequest(
+                f"{len(requests)} requests and {len(continuations)} continuations; expected pairs."
+            )
+        jobs, scorers = [], []
+        for request, continuation in zip(requests, continuations, strict=True):
+            prompt, targets = self._continued(request, continuation)
+            scorers.append(Scorer(targets))
+            jobs.append(Job(request.mix, [*prompt, *targets[:-1]], len(prompt), scorers[-1]))
+        self._finish(jobs)
+        return [scorer.total for scorer in scorers]
+
+    async def stream(self, request: Request) -> AsyncIterator[Chunk]:
+        """Join the running batch and yield text as it comes; closing the iterator cancels.
+
+        Raises BadRequest, TooLong, UnknownAdapter, Busy when the queue is full, EngineError.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Chunk | None] = asyncio.Queue()
+
+        def send(event: Chunk | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, nobody is listening
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        prompt = self._prompt(request)
+        writer = self._writer(request, prompt, send)
+        task = self._submit(Job(request.mix, prompt, len(prompt), writer), wait=False)
+        task.done.add_done_callback(lambda _: send(None))
+        try:
+            while (chunk := await events.get()) is not None:
+                yield chunk
+            task.done.result()
+        finally:
+            self._core.cancel(task)
+
+    def _finish(self, jobs: Sequence[Job]) -> list[Task]:
+        """Run all jobs to their end; if one fails, or the caller gives up, cancel the rest."""
+        for job in jobs:
+            self._resolve(job.mix)
+        tasks: list[Task] = []
+        try:
+            for job in jobs:
+                tasks.append(self._submit(job, wait=True))
+            for task in tasks:
+                task.done.result()
+        finally:
+            for task in tasks:
+                self._core.cancel(task)
+        return tasks
+
+    def _submit(self, job: Job, *, wait: bool) -> Task:
+        if not self._scheduler.room.acquire(blocking=wait):
+            raise Busy("The queue is full; try again when some requests have ended.")
+        try:
+            with self._lock:
+                weights = self._resolve(job.mix)
+                key = " ".join([str(job.mix), *(name for name, _ in weights)])
+                task = Task(list(job.tokens), job.num_prompt - 1, weights, key, job.reader)
+                self._core.submit(task)
+        except LoramixError:
+            self._scheduler.room.release()
+            raise
+        return task
+
+    def _resolve(self, mix: Mix) -> tuple[tuple[str, float], ...]:
+        """The weights of a mix over adapters as bound in the core."""
+        for name in mix:
+            if name not in self._bound:
+                raise UnknownAdapter(name, self._bound)
+        return tuple((self._bound[name], weight) for name, weight in mix.items())
+
+    def _writer(
+        self, request: Request, prompt: Sequence[int], send: Callable[[Chunk], None]
+    ) -> Writer:
+        sampling, config = request.sampling, self._generation
+        self._require_room(len(prompt), sampling.max_tokens)
+        return Writer(
+            Sampler(sampling, config),
+            Detokenizer(self.base.tokenizer, prompt),
+            StopStrings(sampling.stop),
+            end=end_tokens(config),
+            num_prompt_tokens=len(prompt),
+            max_tokens=sampling.max_tokens,
+            send=send,
+        )
+
+    def _prompt(self, request: Request) -> list[int]:
+        """The tokens of a request's prompt."""
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            tokens = self._tokens(prompt)
+        else:
+            messages = [part for part in prompt if isinstance(part, Message)]
+            tokens = [part for part in prompt if isinstance(part, int)]
+            tokens = tokens or prompt_ids(self.base.tokenizer, messages)
+        if not tokens or not prompt:
+            raise BadRequest("The prompt is empty; expected at least one token.")
+        if not all(0 <= token < self._vocabulary for token in tokens):
+            raise BadRequest(f"A token of the prompt is not among 0 to {self._vocabulary - 1}.")
+        return tokens
+
+    def _continued(self, request: Request, continuation: str) -> tuple[list[int], list[int]]:
+        """A prompt's tokens and its continuation's."""
+        prompt = self._prompt(request)
+        targets = self._tokens(continuation, add_special_tokens=False)
+        if isinstance(request.prompt, str):
+            together = self._tokens(request.prompt + continuation)
+            if together[: len(prompt)] == prompt:
+                targets = together[len(prompt) :]
+        if not targets:
+            raise BadRequest("A continuation to score has no tokens; expected at least one.")
+        self._require_room(len(prompt), len(targets))
+        return prompt, targets
+
+    def _tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        encoded = self.base.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return list(encoded["input_ids"])
+
+    def _require_room(self, num_prompt: int, num_more: int) -> None:
+        if num_prompt + num_more > self.context:
+            raise TooLong(
+                f"The prompt has {num_prompt} tokens and up to {num_more} are to follow, but this "
+                f"base holds {self.context} together; shorten the prompt or lower max_tokens."
+            )
+
+
+def _ignore(chunk: Chunk) -> None:
+    """Nobody watches this answer as it appears."""

@@ -1,0 +1,189 @@
+"""Which tokens the next step computes, and what to remember of the last one.
+
+Every step takes all requests that wait for one token, then chunks of prompts in order of arrival,
+up to a budget of tokens: a long prompt never holds up those who are already answering. Requests
+join and leave between any two steps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loramix.engine.attention import Span
+from loramix.engine.cache import History, PrefixCache
+from loramix.mixed import Gates
+
+
+class Reader(Protocol):
+    """What becomes of a task's logits: text that is written, or a score."""
+
+    @property
+    def finished(self) -> bool: ...
+
+    def read(self, logits: Tensor) -> list[int]:
+        """Take the next rows, [T, V], in order; return the tokens to compute next."""
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A request at work.
+
+    `weights` name adapters as they are bound to the model; `key` is what its keys and values may
+    be shared under. Logits are read from position `first_read` on.
+    """
+
+    tokens: list[int]
+    first_read: int
+    weights: tuple[tuple[str, float], ...]
+    key: str
+    reader: Reader
+    done: Future[None] = field(default_factory=Future)
+    history: History = field(default_factory=History)
+    num_cached_tokens: int = 0
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known but not computed."""
+        return len(self.tokens) - self.history.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A task's share of a step: some rows of the packed row, some rows of the logits."""
+
+    task: Task
+    span: Span
+    num_read: int  # the last so many rows have their logits read
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: new tokens of several tasks, end to end in a row of N."""
+
+    parts: Sequence[Part]
+
+    @property
+    def spans(self) -> list[Span]:
+        return [part.span for part in self.parts]
+
+    @property
+    def tokens(self) -> list[int]:
+        """N token ids."""
+        return [
+            token
+            for part in self.parts
+            for token in part.task.tokens[part.span.first : part.span.first + part.span.num_rows]
+        ]
+
+    @property
+    def positions(self) -> list[int]:
+        """N positions, each within its own request."""
+        return [
+            position
+            for span in self.spans
+            for position in range(span.first, span.first + span.num_rows)
+        ]
+
+    @property
+    def read_rows(self) -> list[int]:
+        """The rows whose logits are read, in order."""
+        return [
+            row
+            for part in self.parts
+            for row in range(part.span.end - part.num_read, part.span.end)
+        ]
+
+    def gates(self, device: torch.device) -> Gates:
+        """One row of weights per token, [1, N, K], over the adapters that are present."""
+        names = sorted({name for part in self.parts for name, _ in part.task.weights})
+        column = {name: k for k, name in enumerate(names)}
+        rows = torch.zeros(len(self.parts), len(names))
+        for n, part in enumerate(self.parts):
+            for name, weight in part.task.weights:
+                rows[n, column[name]] = weight
+        lengths = torch.tensor([span.num_rows for span in self.spans])
+        return Gates(tuple(names), rows.repeat_interleave(lengths, dim=0)[None].to(device))
+
+
+class Scheduler:
+    """The running batch and the queue before it. Not thread-safe, except for `room`."""
+
+    def __init__(
+        self, cache: PrefixCache, *, max_batch: int, max_queue: int, step_tokens: int
+    ) -> None:
+        self.cache = cache
+        self.max_batch = max_batch
+        self.step_tokens = max(step_tokens, max_batch)  # all who wait for one token get it
+        self.room = threading.Semaphore(max_queue)  # taken before `add`, given back on leaving
+        self.waiting: deque[Task] = deque()
+        self.running: list[Task] = []
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, task: Task) -> None:
+        self.waiting.append(task)
+
+    def next_batch(self) -> Batch:
+        """Decide what the next step computes; there is something to compute unless idle."""
+        self._admit()
+        parts: list[Part] = []
+        start, budget = 0, self.step_tokens
+        for task in sorted(self.running, key=lambda task: task.num_pending > 1):
+            num_rows = min(task.num_pending, budget)
+            if num_rows:
+                span = Span(start, start + num_rows, task.history)
+                end = span.first + num_rows
+                num_read = max(0, end - max(task.first_read, span.first))
+                parts.append(Part(task, span, num_read))
+                start, budget = start + num_rows, budget - num_rows
+        return Batch(parts)
+
+    def record(self, batch: Batch, logits: Tensor) -> None:
+        """Remember a step: its keys and values, and what the readers make of its logits."""
+        row = 0
+        for part in batch.parts:
+            part.task.history.advance(part.span.num_rows)
+            rows = logits[row : row + part.num_read]
+            row += part.num_read
+            if part.num_read:
+                part.task.tokens += part.task.reader.read(rows)
+            if part.task.reader.finished:
+                self._finish(part.task)
+
+    def drop(self, task: Task, error: Exception | None = None) -> None:
+        """End a task at once, freeing its memory; without an error it was cancelled."""
+        if task.done.done():
+            return
+        if task in self.running:
+            self.running.remove(task)
+        else:
+            self.waiting.remove(task)
+            self.room.release()
+        task.history = History()
+        if error is None:
+            task.done.cancel()
+        else:
+            task.done.set_exception(error)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_batch:
+            task = self.waiting.popleft()
+            self.room.release()
+            task.history = self.cache.longest(task.key, task.tokens[: task.first_read])
+            task.num_cached_tokens = task.history.num_tokens
+            self.running.append(task)
+
+    def _finish(self, task: Task) -> None:
+        self.running.remove(task)
+        self.cache.store(task.key, task.tokens[: task.history.num_tokens], task.history)
+        task.done.set_result(None)
