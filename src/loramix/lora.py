@@ -52,10 +52,11 @@ class Pair:
 
 
 def dora_gain(pair: Pair, weight: Tensor) -> Tensor:
-    """magnitude / |W + b @ a| per output row, [O], in float32 against the pristine base weight."""
+    """The gain magnitude / |W + b @ a| of each output, [O], in float32, W the pristine weight."""
     assert pair.magnitude is not None
-    norm = (weight.float() + pair.b.float() @ pair.a.float()).norm(dim=1)
-    return pair.magnitude.float() / norm
+    adapted = weight.float() + pair.b.float() @ pair.a.float()
+    gain: Tensor = pair.magnitude.float() / torch.linalg.vector_norm(adapted, dim=1)
+    return gain
 
 
 def stack(terms: Iterable[tuple[float, Pair]]) -> Pair:

@@ -35,7 +35,7 @@ _WEIGHT = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)")
 def check_name(name: str) -> str:
     """`name` itself if it can name an adapter; MixSyntaxError if not.
 
-    Numbers are refused because clients address adapters by index with them (llama.cpp's `lora` ids).
+    Numbers are refused because clients address adapters by index with them, as llama.cpp does.
     """
     if not _NAME.fullmatch(name) or name in RESERVED:
         raise MixSyntaxError(
