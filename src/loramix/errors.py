@@ -17,7 +17,7 @@
 
 A message says what happened, what was expected, and what to do next, in one line. The command
 line prints it and exits 1; the server sends it as OpenAI error JSON with `status`. Nothing else
-catches LoramixError.
+catches LoramixError, but a library that lists the good adapters beside a damaged one.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Block:
 class MixedLinear(nn.Module):
     """A frozen linear layer (`nn.Linear` or GPT-2's `Conv1D`) and the adapters bound to it."""
 
-    def __init__(self, base: nn.Linear | Conv1D, active: ActiveMixes) -> None:
+    def __init__(self, base: nn.Linear | Conv1D | MixedLinear, active: ActiveMixes) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.active = active
@@ -96,6 +96,10 @@ class MixedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The base matrix as [O, D], whichever way the layer stores it."""
         return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
 
     def bind(self, name: str, pair: Pair) -> None:
         """Take one adapter's update; the tensors keep their dtype, autograd reaches them."""
@@ -213,13 +217,17 @@ class MixedModel:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(O, D) of every layer an adapter can act on, by name."""
-    shapes = {}
+    """(O, D) of every layer an adapter can act on, by name, wrapped already or not."""
+    shapes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
+        if name.removesuffix(".base") in shapes:
+            continue  # inside a layer that another model wrapped
         if isinstance(module, Conv1D):
             shapes[name] = (module.weight.shape[1], module.weight.shape[0])
         elif type(module) is nn.Linear:
             shapes[name] = (module.out_features, module.in_features)
+        elif isinstance(module, MixedLinear):
+            shapes[name] = (module.weight.shape[0], module.weight.shape[1])
     return shapes
 
 
@@ -228,9 +236,9 @@ def check_fit(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
     strays = [name for name in adapter.pairs if name not in shapes]
     if strays:
         raise BaseMismatch(
-            f"{len(strays)} of {len(adapter.pairs)} updates of {adapter.name!r} find no linear layer "
-            f"in this base (first: {strays[0]}); it was trained for {adapter.card.base or 'another'}"
-            f" model: open that base, or use another adapter."
+            f"{len(strays)} of {len(adapter.pairs)} updates of {adapter.name!r} find no linear "
+            f"layer in this base (first: {strays[0]}); it was trained for "
+            f"{adapter.card.base or 'another'} model: open that base, or use another adapter."
         )
     for name, pair in adapter.pairs.items():
         found = (pair.b.shape[0], pair.a.shape[1])

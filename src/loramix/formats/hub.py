@@ -1,0 +1,61 @@
+"""Adapters from the Hugging Face hub: its token, its offline mode, and its errors in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from loramix.errors import AdapterError
+
+# Its config and its weights, nothing of a base or of checkpoints that may lie in the repository.
+FILES = ("adapter_config.json", "adapter_model.*", "adapters.safetensors", "card.json")
+_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether this can be the id of a repository: an owner, a slash, a name."""
+    return _ID.fullmatch(text) is not None and ".." not in text and not text.startswith(".")
+
+
+def fetch(id: str, revision: str | None = None) -> Path:
+    """The local folder of an adapter's repository, downloaded if it is not cached.
+
+    HF_TOKEN opens gated and private repositories, HF_HUB_OFFLINE keeps to what is cached.
+    Raises AdapterError.
+    """
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    if not is_hub_id(id):
+        raise AdapterError(f"{id!r} is no hub id; expected owner/name, or a folder that exists.")
+    at = f"{id} at {revision}" if revision else id
+    try:
+        return Path(snapshot_download(id, revision=revision, allow_patterns=list(FILES)))
+    except errors.GatedRepoError as error:
+        message = (
+            f"{id} is gated: accept its terms on the hub and set HF_TOKEN to a token that may."
+        )
+        raise AdapterError(message) from error
+    except errors.RepositoryNotFoundError as error:
+        message = f"The hub has no {id}; check the spelling, or set HF_TOKEN if it is private."
+        raise AdapterError(message) from error
+    except errors.RevisionNotFoundError as error:
+        raise AdapterError(f"{id} has no revision {revision!r}; check it on the hub.") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise AdapterError(_unreachable(at)) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        message = f"The hub answered {status} for {at}; check HF_TOKEN, or try again later."
+        raise AdapterError(message) from error
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0][:120] or type(error).__name__
+        message = f"Cannot fetch {at} ({reason}); check the network and try again."
+        raise AdapterError(message) from error
+
+
+def _unreachable(at: str) -> str:
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():
+        return f"{at} is not in the cache and HF_HUB_OFFLINE is set; unset it to download."
+    return f"{at} is not in the cache and the hub cannot be reached; check the network."
