@@ -1,0 +1,73 @@
+"""The command line: words in, calls to `loramix.lm` and `loramix.library`, text or JSON out.
+
+Answers go to stdout and everything else to stderr, so that a pipe sees only answers. Every error
+is one line on stderr and exit status 1 (2 for an unknown command or option), and nothing is
+written then. Torch is loaded by the commands that open a model, not by `--help`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from loramix.cli.adapters import adapters, router
+from loramix.cli.ask import ask, route
+from loramix.cli.chat import chat
+from loramix.cli.demo import demo
+from loramix.cli.flags import flags
+from loramix.errors import LoramixError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (ask, chat, route, demo):
+    app.command()(flags(command))
+app.add_typer(adapters, name="adapters")
+app.add_typer(router, name="router")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loramix {version('loramix')}")
+        raise typer.Exit
+
+
+@app.callback()
+def loramix(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """One frozen base language model, many LoRA adapters, every request its own weighted mix."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; the one place where errors end."""
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        status = app(args=words, standalone_mode=False, prog_name="loramix")
+    except typer.TyperException as error:  # an option that is unknown (2) or cannot be read (1)
+        known = isinstance(error, typer.BadParameter)
+        return _fail(error.format_message(), 1 if known else error.exit_code)
+    except LoramixError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.strerror or error}: {error.filename or 'no file named'}.")
+    except typer.Abort:
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"Error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    return status

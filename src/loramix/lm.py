@@ -1,0 +1,346 @@
+"""A base, its library, its router and an engine, put together: open it and ask it.
+
+    >>> import loramix
+    >>> lm = loramix.open("pocket")  # doctest: +SKIP
+    >>> lm.ask("my card was stolen").mix  # doctest: +SKIP
+    Mix.parse('banking')
+
+`auto` asks the router once per turn, before the model reads the prompt; any other mix goes to the
+engine as it is. Adapters are read when a mix first names them. Importing this module loads
+neither torch nor transformers; `open` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import unicodedata
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol, Self
+
+from loramix.adapter import Adapter
+from loramix.chat import Message
+from loramix.engine import Answer, Chunk, Engine, Finish, Request, Sampling
+from loramix.errors import BadRequest, RouteError, UnknownAdapter
+from loramix.library import Library
+from loramix.mix import Mix
+from loramix.route import Decision, Router
+
+POCKET = Path(__file__).with_name("pocket")  # as in base.py, which loads torch
+POCKET_LIBRARY = POCKET / "library"
+ROUTER = "_router"  # the subfolder of a library that holds its router
+
+Prompt = str | Sequence[Message]
+
+
+class AdapterEngine(Engine, Protocol):
+    """An engine that takes adapters while it runs."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names it can mix now."""
+
+    def add(self, adapter: Adapter) -> None:
+        """Make an adapter available to requests."""
+
+    def close(self) -> None:
+        """Stop the running batch and free the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer, what answered, and why."""
+
+    text: str
+    mix: Mix  # what answered: ask with it again to replay
+    scores: Mapping[str, float]  # the router's probability per adapter; empty if not asked
+    none: float | None  # its probability that no adapter fits; None if not asked
+    reasons: tuple[str, ...]
+    usage: Usage
+    ms: Mapping[str, float]  # "route" and "answer"; in a batch "answer" is that of the whole batch
+    finish: Finish  # "length" means cut short at max_tokens
+
+
+class Stream:
+    """An answer as it appears: iterate for its chunks, then read `reply`.
+
+    Leaving the loop early cancels the request.
+    """
+
+    def __init__(self, engine: Engine, request: Request, decision: Decision | None) -> None:
+        self._engine = engine
+        self._request = request
+        self._decision = decision
+        self._reply: Reply | None = None
+
+    @property
+    def mix(self) -> Mix:
+        """The mix that answers, known before the first chunk."""
+        return self._request.mix
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer; BadRequest before the last chunk was read."""
+        if self._reply is None:
+            raise BadRequest("The answer has not ended; read the stream to its end first.")
+        return self._reply
+
+    def __iter__(self) -> Iterator[Chunk]:
+        start = perf_counter()
+        chunks: list[Chunk] = []
+        for chunk in _in_step(self._engine.stream(self._request)):
+            chunks.append(chunk)
+            yield chunk
+        answer = "".join(chunk.text for chunk in chunks)
+        usage = Usage(chunks[-1].num_prompt_tokens, sum(chunk.num_tokens for chunk in chunks))
+        finish = chunks[-1].finish or "cancelled"
+        self._reply = _reply(answer, finish, usage, self.mix, self._decision, _ms_since(start))
+
+
+class LM:
+    """One frozen base that answers under any mix of a library's adapters."""
+
+    def __init__(
+        self, engine: AdapterEngine, library: Library, router: Router | None = None
+    ) -> None:
+        self.engine = engine
+        self.library = library
+        self.router = router
+
+    def ask(
+        self, prompt: Prompt, mix: str | Mix = "auto", *, sampling: Sampling | None = None
+    ) -> Reply:
+        """Answer a text or a conversation; `mix` is a mix, its name, "base" or "auto".
+
+        Raises BadRequest, MixError, RouteError, TooLong.
+        """
+        return self.ask_all([prompt], mix, sampling=sampling)[0]
+
+    def ask_all(
+        self,
+        prompts: Sequence[Prompt],
+        mix: str | Mix = "auto",
+        *,
+        sampling: Sampling | None = None,
+    ) -> list[Reply]:
+        """Answer many prompts, each routed by itself, in one running batch."""
+        planned = [self._plan(prompt, mix, sampling) for prompt in prompts]
+        start = perf_counter()
+        answers = self.engine.generate([request for request, _ in planned])
+        ms = _ms_since(start)
+        return [
+            _reply(answer.text, answer.finish, _usage(answer), request.mix, decision, ms)
+            for answer, (request, decision) in zip(answers, planned, strict=True)
+        ]
+
+    def stream(
+        self, prompt: Prompt, mix: str | Mix = "auto", *, sampling: Sampling | None = None
+    ) -> Stream:
+        """Like `ask`, as it appears: `for chunk in lm.stream("..."): print(chunk.text)`."""
+        request, decision = self._plan(prompt, mix, sampling)
+        return Stream(self.engine, request, decision)
+
+    def route(self, prompt: Prompt) -> Decision:
+        """What the router makes of a prompt; RouteError if the library has no router."""
+        if self.router is None:
+            raise _no_router(self.library)
+        return self.router.route(as_messages(prompt))
+
+    def close(self) -> None:
+        """Stop the engine; the LM cannot be asked afterwards."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _plan(
+        self, prompt: Prompt, mix: str | Mix, sampling: Sampling | None
+    ) -> tuple[Request, Decision | None]:
+        messages = as_messages(prompt)
+        decision = self.route(messages) if mix == "auto" else None
+        chosen = decision.mix if decision else as_mix(mix)
+        self._load(chosen)
+        return Request(messages, chosen, sampling or Sampling()), decision
+
+    def _load(self, mix: Mix) -> None:
+        for name in mix:
+            if name not in self.engine.adapters:
+                self.engine.add(self.library.load(name))
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Turns with one LM; the history stays whatever mix answers."""
+
+    lm: LM
+    mix: str | Mix = "auto"
+    sampling: Sampling = Sampling()
+    turns: list[tuple[str, Reply]] = field(default_factory=list)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        pairs = ((Message("user", q), Message("assistant", r.text)) for q, r in self.turns)
+        return tuple(message for pair in pairs for message in pair)
+
+    def say(self, text: str) -> Iterator[Chunk]:
+        """Answer the next turn as it appears; the turn is kept once the answer has ended."""
+        asked = (*self.messages, Message("user", text))
+        stream = self.lm.stream(asked, self.mix, sampling=self.sampling)
+        yield from stream
+        self.turns.append((text, stream.reply))
+
+
+def open(
+    base: str = "pocket",
+    library: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+) -> LM:
+    """Open a base by folder, hub id or "pocket", with the adapters of a library.
+
+    Without `library`: pocket's own for pocket, else yours (`default_library`). Raises BaseError,
+    AdapterError, RouteError.
+    """
+    from loramix.base import open_base
+    from loramix.engine.local import LocalEngine
+
+    shelf = Library(Path(library) if library else default_library(base))
+    router = load_router(shelf) if has_router(shelf) else None
+    opened = open_base(base, dtype=dtype, device=device, revision=revision)
+    return LM(LocalEngine(opened), shelf, router)
+
+
+def default_library(base: str) -> Path:
+    """Where adapters are looked for: beside pocket for pocket, else in your own library.
+
+    Yours is $LORAMIX_LIBRARY, or `library` in the user's data folder for loramix.
+    """
+    return POCKET_LIBRARY if base == "pocket" else own_library()
+
+
+def own_library() -> Path:
+    """The user's library; it need not exist yet."""
+    if given := os.environ.get("LORAMIX_LIBRARY"):
+        return Path(given).expanduser()
+    if os.name == "nt":
+        data = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        data = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
+    return data / "loramix" / "library"
+
+
+def load_router(library: Library) -> Router:
+    """The router fitted for a library; RouteError if it has none."""
+    if not has_router(library):
+        raise _no_router(library)
+    from loramix.route.gate import GateRouter
+
+    return GateRouter.load(library.folder / ROUTER)
+
+
+def has_router(library: Library) -> bool:
+    return (library.folder / ROUTER).is_dir()
+
+
+def check_mix(mix: str, library: Library) -> None:
+    """Raise before a model is opened what asking with this mix would raise afterwards."""
+    if mix == "auto":
+        if not has_router(library):
+            raise _no_router(library)
+        return
+    known = library.names()
+    for name in Mix.parse(mix):
+        if name not in known:
+            raise UnknownAdapter(name, known)
+
+
+def as_messages(prompt: Prompt) -> tuple[Message, ...]:
+    """A text as one user turn, a conversation as it is; BadRequest if nobody could answer it."""
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+    if not turns or turns[-1].role != "user":
+        raise BadRequest("A conversation must end with a user's message; add the question.")
+    for turn in turns:
+        if turn.role != "assistant":
+            _check_text(turn.content)
+    return turns
+
+
+def as_mix(mix: str | Mix) -> Mix:
+    """A mix or the name of one; MixSyntaxError if it cannot be read."""
+    return Mix.parse(mix) if isinstance(mix, str) else mix
+
+
+def _no_router(library: Library) -> RouteError:
+    return RouteError(
+        f"The library {library.folder} has no router, which 'auto' asks for the mix; fit one with "
+        f"`loramix router fit`, or name a mix ('base' is the bare model)."
+    )
+
+
+def _check_text(text: str) -> None:
+    if not text.strip():
+        raise BadRequest("The text is empty; expected a question or an instruction.")
+    for position, char in enumerate(text):
+        if unicodedata.category(char) in {"Cc", "Cs"} and char not in "\t\n\r":
+            raise BadRequest(
+                f"The text holds the control character U+{ord(char):04X} at position {position}; "
+                f"remove it (tabs and line breaks are fine)."
+            )
+
+
+def _in_step(chunks: AsyncIterator[Chunk]) -> Iterator[Chunk]:
+    """An asynchronous stream for synchronous callers, also inside a running event loop.
+
+    Its loop lives on a thread of its own. Closing this iterator early closes the stream, which
+    cancels the request.
+    """
+    assert isinstance(chunks, AsyncGenerator), "engines stream with async generators"
+    runner = asyncio.Runner()
+
+    async def step() -> Chunk | None:
+        return await anext(chunks, None)
+
+    with ThreadPoolExecutor(1, "loramix-stream") as thread:
+        try:
+            while (chunk := thread.submit(runner.run, step()).result()) is not None:
+                yield chunk
+        finally:
+            thread.submit(runner.run, chunks.aclose()).result()
+            thread.submit(runner.close).result()
+
+
+def _reply(
+    text: str,
+    finish: Finish,
+    usage: Usage,
+    mix: Mix,
+    decision: Decision | None,
+    answer_ms: float,
+) -> Reply:
+    ms = {"route": decision.latency_ms if decision else 0.0, "answer": answer_ms}
+    if decision is None:
+        return Reply(text, mix, {}, None, (), usage, ms, finish)
+    return Reply(text, mix, decision.scores, decision.none, decision.reasons, usage, ms, finish)
+
+
+def _usage(answer: Answer) -> Usage:
+    return Usage(answer.num_prompt_tokens, answer.num_tokens)
+
+
+def _ms_since(start: float) -> float:
+    return (perf_counter() - start) * 1000

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loramix.cli import main
+from loramix.formats import peft
+from loramix.library import Library
+from tests.shop import BANKING, SQL
+from tests.tiny import random_adapter, tiny_base
+
+SHORT = ["--max-tokens", "6", "--temperature", "0"]
+
+
+@pytest.fixture
+def loramix(capsys, monkeypatch, tmp_path):
+    """Run a command line in this process; give back its stdout."""
+    monkeypatch.setenv("LORAMIX_LIBRARY", str(tmp_path / "own"))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str, stdin: str = "", status: int = 0) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        found = main(words)
+        out, err = capsys.readouterr()
+        assert found == status, err
+        call.err = err
+        return out
+
+    return call
+
+
+def test_ask_prints_the_answer_and_nothing_else(loramix, shop):
+    text = loramix("ask", SQL, *shop.flags, *SHORT)
+    assert loramix.err == ""
+    reply = json.loads(loramix("ask", SQL, *shop.flags, *SHORT, "--json"))
+    assert text == reply["text"] + "\n"
+
+
+def test_ask_json_is_one_object_with_these_keys(loramix, shop):
+    out = loramix("ask", BANKING, *shop.flags, *SHORT, "--json")
+    reply = json.loads(out)
+    assert out.count("\n") == 1
+    assert [*reply] == ["text", "mix", "scores", "none", "reasons", "usage", "ms"]
+    assert reply["mix"].startswith("banking")
+    assert set(reply["scores"]) == {"banking", "sql"}
+    assert sum(reply["scores"].values()) + reply["none"] == pytest.approx(1, abs=0.01)
+    assert set(reply["usage"]) == {"prompt_tokens", "completion_tokens"}
+    assert reply["usage"]["completion_tokens"] <= 6
+
+
+def test_the_mix_is_what_was_asked_for(loramix, shop):
+    for mix in ("base", "sql", "banking:-0.5+sql:1.25"):
+        reply = json.loads(loramix("ask", BANKING, *shop.flags, *SHORT, "--json", "-m", mix))
+        assert (reply["mix"], reply["scores"], reply["none"]) == (mix, {}, None)
+
+
+def test_a_file_is_answered_line_by_line_in_one_batch(loramix, shop):
+    Path("queries.txt").write_text(f"{BANKING}\n\n{SQL}\n", "utf-8")
+    lines = loramix("ask", "--file", "queries.txt", *shop.flags, *SHORT, "--json").splitlines()
+    mixes = [json.loads(line)["mix"] for line in lines]
+    assert [mix.partition(":")[0].partition("+")[0] for mix in mixes] == ["banking", "sql"]
+    assert len(loramix("ask", "--file", "queries.txt", *shop.flags, *SHORT).splitlines()) >= 2
+
+
+def test_text_comes_from_stdin(loramix, shop):
+    piped = loramix("ask", "-", *shop.flags, *SHORT, stdin=SQL)
+    assert piped == loramix("ask", SQL, *shop.flags, *SHORT)
+
+
+def test_a_seed_repeats_a_sampled_answer(loramix, shop):
+    sampled = ["ask", SQL, *shop.flags, "--max-tokens", "12", "--temperature", "2"]
+    assert loramix(*sampled, "--seed", "7") == loramix(*sampled, "--seed", "7")
+    assert len({loramix(*sampled, "--seed", str(seed)) for seed in range(4)}) > 1
+
+
+def test_route_says_which_mix_and_why(loramix, shop):
+    decision = json.loads(loramix("route", SQL, *shop.flags, "--json"))
+    assert [*decision] == ["mix", "scores", "none", "reasons", "ms"]
+    assert decision["mix"].startswith("sql")
+    words = loramix("route", SQL, *shop.flags)
+    assert words.splitlines()[0] == decision["mix"]
+    assert "(none)" in words
+
+
+def test_chat_keeps_the_history_while_the_mix_changes(loramix, shop):
+    lines = [BANKING, "/mix sql:0.5", SQL, "/mix nobody", "/oops", "/save talk.json", "/quit", "no"]
+    out = loramix("chat", *shop.flags, *SHORT, "--json", stdin="\n".join(lines))
+    first, second = map(json.loads, out.splitlines())
+    assert first["mix"].startswith("banking")
+    assert second["mix"] == "sql:0.5"
+    assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
+    saved = json.loads(Path("talk.json").read_text("utf-8"))["messages"]
+    assert [turn["content"] for turn in saved] == [BANKING, first["text"], SQL, second["text"]]
+    assert saved[3]["mix"] == "sql:0.5"
+    assert "No adapter 'nobody'" in loramix.err
+    assert "'/oops'" in loramix.err
+
+
+def test_chat_commands(loramix, shop):
+    lines = ["/help", "/adapters", "/mix base", BANKING, "/reset", "/auto", BANKING]
+    out = loramix("chat", *shop.flags, *SHORT, "--json", stdin="\n".join(lines))
+    bare, routed = map(json.loads, out.splitlines())
+    assert (bare["mix"], routed["mix"].partition(":")[0]) == ("base", "banking")
+    assert bare["usage"]["prompt_tokens"] == routed["usage"]["prompt_tokens"]  # /reset forgot it
+    assert "/save FILE" in loramix.err
+    assert "sql" in loramix.err
+
+
+def test_chat_never_overwrites_a_file(loramix, shop):
+    Path("mine.txt").write_text("keep", "utf-8")
+    loramix("chat", *shop.flags, stdin="/save mine.txt")
+    assert Path("mine.txt").read_text("utf-8") == "keep"
+    assert "exists already" in loramix.err
+
+
+@pytest.fixture(scope="module")
+def poem(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An adapter's folder, as another program would leave it."""
+    folder = tmp_path_factory.mktemp("made") / "Poem v2"
+    peft.write(random_adapter(tiny_base(seed=1).model, "poem", seed=5), folder)
+    return str(folder)
+
+
+def test_an_adapter_is_added_listed_shown_and_removed(loramix, poem):
+    loramix("adapters", "add", poem)
+    assert "Added poem-v2" in loramix.err
+    assert Library("own").names() == ["poem-v2"]
+    listed = [json.loads(line) for line in loramix("adapters", "list", "--json").splitlines()]
+    assert "poem-v2" in [card["name"] for card in listed]
+    assert "poem-v2" in loramix("adapters", "list")
+    assert json.loads(loramix("adapters", "show", "poem-v2", "--json"))["name"] == "poem-v2"
+    assert "poem-v2" in loramix("adapters", "show", "poem-v2")
+    loramix("adapters", "remove", "poem-v2")
+    assert Library("own").names() == []
+
+
+def test_a_name_is_not_taken_twice_without_replace(loramix, poem):
+    loramix("adapters", "add", poem, "--name", "poem")
+    loramix("adapters", "add", poem, "--name", "poem", status=1)
+    loramix("adapters", "add", poem, "--name", "poem", "--replace")
+
+
+def test_check_proves_that_the_logits_change(loramix, shop):
+    words = ("adapters", "check", "sql", *shop.flags)
+    assert json.loads(loramix(*words, "--json"))
+    assert loramix(*words)
+
+
+def test_an_adapter_with_examples_is_routed_to_at_once(loramix, shop, poem):
+    library = Path("copied")
+    subprocess.run(["cp", "-r", shop.library, str(library)], check=True)
+    where = ["--base", shop.base, "--library", str(library)]
+    lines = [f"write a {kind} about {what}" for kind in ("poem", "verse", "rhyme", "sonnet", "song")
+             for what in ("love", "rain", "the sea", "my dog", "autumn", "the moon")]  # fmt: skip
+    Path("poems.txt").write_text("\n".join(lines), "utf-8")
+    loramix("adapters", "add", poem, "--name", "poem", "--library", str(library),
+            "--examples", "poems.txt")  # fmt: skip
+    route = lambda text: json.loads(loramix("route", text, *where, "--json"))["mix"]  # noqa: E731
+    assert route("write a verse about the sea").startswith("poem")
+    assert route(SQL).startswith("sql")
+    loramix("adapters", "remove", "poem", "--library", str(library))
+    assert "poem" not in route("write a verse about the sea")
+
+
+def test_a_router_is_fitted_from_examples(loramix, shop):
+    library = Path("copied")
+    subprocess.run(["cp", "-r", shop.library, str(library)], check=True)
+    subprocess.run(["rm", "-r", str(library / "_router")], check=True)
+    where = ["--base", shop.base, "--library", str(library)]
+    loramix("ask", SQL, *where, status=1)
+    assert "router fit" in loramix.err
+    rows = [{"adapter": "sql", "query": f"list {what}"} for what in "abcdefghijkl"]
+    rows += [{"adapter": "banking", "query": f"my card {what}"} for what in "abcdefghijkl"]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    loramix("router", "fit", "--examples", "rows.jsonl", "--library", str(library))
+    assert json.loads(loramix("route", "my card x", *where, "--json"))["mix"].startswith("banking")
+
+
+def test_version_and_bare_words(loramix):
+    assert loramix("--version").startswith("loramix ")
+    assert "Usage: loramix" in loramix()
+    loramix("frobnicate", status=2)
+    loramix("ask", "hi", "--no-such-flag", status=2)
+
+
+def test_a_real_process_keeps_stdout_clean_and_ends_well(shop):
+    words = [sys.executable, "-m", "loramix", "ask", SQL, *shop.flags, *SHORT, "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    json.loads(done.stdout)
