@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from loramix.adapter import Adapter
 from loramix.engine.attention import StepCache, configs, packed
-from loramix.engine.scheduler import Batch, Scheduler, Task
+from loramix.engine.scheduler import Batch, Scheduler, Task, step_failed
 from loramix.errors import EngineError
 from loramix.mixed import MixedModel
 
@@ -134,10 +134,8 @@ class Core:
             logits = self.forward(batch)
             self.scheduler.record(batch, logits)
         except Exception as error:
-            failure = EngineError(f"The step of this request failed: {error!r}. Send it again.")
-            failure.__cause__ = error
             for part in batch.parts:
-                self.scheduler.drop(part.task, failure)
+                self.scheduler.drop(part.task, step_failed(error))
 
     def _obey(self) -> None:
         """Make the calls that have come."""

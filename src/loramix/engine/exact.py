@@ -42,7 +42,7 @@ def exact_context(base: Base) -> int:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Token ids are less than this."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loramix.engine.attention import Span
 from loramix.engine.cache import History, PrefixCache
+from loramix.errors import EngineError
 from loramix.mixed import Gates
 
 
@@ -113,6 +114,12 @@ class Batch:
         return Gates(tuple(names), rows.repeat_interleave(lengths, dim=0)[None].to(device))
 
 
+def step_failed(error: Exception) -> EngineError:
+    failure = EngineError(f"A step of this request failed with {error!r}; send it again.")
+    failure.__cause__ = error
+    return failure
+
+
 class Scheduler:
     """The running batch and the queue before it. Not thread-safe, except for `room`."""
 
@@ -156,9 +163,7 @@ class Scheduler:
             rows = logits[row : row + part.num_read]
             row += part.num_read
             if part.num_read:
-                part.task.tokens += part.task.reader.read(rows)
-            if part.task.reader.finished:
-                self._finish(part.task)
+                self._read(part.task, rows)
 
     def drop(self, task: Task, error: Exception | None = None) -> None:
         """End a task at once, freeing its memory; without an error it was cancelled."""
@@ -182,6 +187,15 @@ class Scheduler:
             task.history = self.cache.longest(task.key, task.tokens[: task.first_read])
             task.num_cached_tokens = task.history.num_tokens
             self.running.append(task)
+
+    def _read(self, task: Task, logits: Tensor) -> None:
+        try:
+            task.tokens += task.reader.read(logits)
+        except Exception as error:  # what cannot be read fails its own request only
+            self.drop(task, step_failed(error))
+        else:
+            if task.reader.finished:
+                self._finish(task)
 
     def _finish(self, task: Task) -> None:
         self.running.remove(task)
