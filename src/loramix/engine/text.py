@@ -57,7 +57,10 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts text before the first stop string, holding back what may be the start of one."""
+    """Cuts text before a stop string, holding back what may be the start of one.
+
+    Of several the one that is complete first counts, so it does not matter how the text is cut up.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -69,10 +72,10 @@ class StopStrings:
         if self.found:
             return ""
         self._held += text
-        starts = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if starts:
+        places = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
+        if places:
             self.found = True
-            return self._release(min(starts))
+            return self._release(min(places)[1])
         return self._release(len(self._held) - self._longest_start())
 
     def flush(self) -> str:

@@ -1,0 +1,365 @@
+"""What the embedded engine does beyond the invariants: limits, failures, threads, replacement."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+
+from loramix.chat import Message
+from loramix.engine import Request, Sampling
+from loramix.engine.local import LocalEngine
+from loramix.errors import BadRequest, BaseMismatch, Busy, EngineError, TooLong, UnknownAdapter
+from loramix.mix import Mix
+from tests.tiny import folded, random_adapter, tiny_base, tiny_model
+
+PROMPTS = ("the cat", "in", "on the other hand we see a thing that is longer", "a")
+MIXES = (Mix(), Mix({"a": 1}), Mix({"a": 0.45, "b": -0.55}), Mix({"b": 2}))
+
+
+def greedy(prompt, mix=Mix(), max_tokens=20, **options):
+    return Request(prompt, mix, Sampling(temperature=0, max_tokens=max_tokens, **options))
+
+
+def two_adapters(model):
+    return [random_adapter(model, "a", rank=3, seed=1), random_adapter(model, "b", rank=5, seed=2)]
+
+
+@pytest.fixture
+def base():
+    return tiny_base()
+
+
+@pytest.fixture
+def engine(base):
+    with LocalEngine(base, two_adapters(base.model)) as engine:
+        yield engine
+
+
+async def texts(engine, request):
+    return [chunk.text async for chunk in engine.stream(request)]
+
+
+def test_every_architecture_answers_as_transformers_does(architecture):
+    base = tiny_base(architecture)
+    adapters = {adapter.name: adapter for adapter in two_adapters(base.model)}
+    wanted = []
+    for prompt, mix in zip(PROMPTS, MIXES, strict=True):
+        ids = torch.tensor([base.tokenizer(prompt)["input_ids"]])
+        model = folded(base.model, mix, adapters)
+        output = model.generate(ids, max_new_tokens=20, do_sample=False)
+        wanted.append(tuple(output[0, ids.shape[1] :].tolist()))
+    with LocalEngine(base, adapters.values(), step_tokens=7) as engine:
+        answers = engine.generate([greedy(p, m) for p, m in zip(PROMPTS, MIXES, strict=True)])
+    assert [answer.tokens for answer in answers] == wanted
+
+
+def test_in_bfloat16_a_mix_is_still_its_own(base):
+    base.model.to(torch.bfloat16)
+    with LocalEngine(base, two_adapters(base.model)) as engine:
+        answers = engine.generate([greedy("the cat", mix) for mix in MIXES])
+    assert len({answer.tokens for answer in answers}) == len(MIXES)
+
+
+def test_a_conversation_goes_through_the_chat_template(engine, base):
+    messages = (Message("user", "the cat"),)
+    ids = base.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the cat"}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    chat, raw = engine.generate([greedy(messages), greedy(tuple(ids))])
+    assert (chat.text, chat.num_prompt_tokens) == (raw.text, len(ids))
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(engine):
+    whole = engine.generate([greedy("the cat")])[0]
+    stop = whole.text[4:7]
+    stopped = engine.generate([greedy("the cat", stop=(stop,))])[0]
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    assert stopped.finish == "stop"
+    assert stopped.num_tokens < whole.num_tokens
+    assert "".join(asyncio.run(texts(engine, greedy("the cat", stop=(stop,))))) == stopped.text
+
+
+def test_an_end_token_ends_the_answer_without_text(base):
+    free = tiny_base()
+    with LocalEngine(free) as engine:
+        whole = engine.generate([greedy("the cat")])[0]
+    base.model.generation_config.eos_token_id = [2, whole.tokens[5]]
+    with LocalEngine(base) as engine:
+        ended = engine.generate([greedy("the cat")])[0]
+    last = whole.tokens.index(whole.tokens[5]) + 1
+    assert (ended.tokens, ended.finish) == (whole.tokens[:last], "stop")
+    assert whole.text.startswith(ended.text)
+
+
+def test_a_seed_gives_the_same_answer_whatever_runs_beside_it(engine):
+    seeded = Request("the cat", MIXES[2], Sampling(temperature=1.5, seed=5, max_tokens=12))
+    others = [Request(p, m, Sampling(temperature=1, max_tokens=9)) for p, m in zip(PROMPTS, MIXES)]  # noqa: B905
+    alone = engine.generate([seeded])[0]
+    beside = engine.generate([*others, seeded])[-1]
+    assert alone.tokens == beside.tokens
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        (greedy(""), BadRequest, "prompt is empty"),
+        (greedy(()), BadRequest, "at least one message"),
+        (greedy((5, 999)), BadRequest, "not among 0 to 267"),
+        (greedy((-1,)), BadRequest, "not among 0 to 267"),
+        (greedy("the", max_tokens=128), TooLong, "has 1 tokens and up to 128 are to follow"),
+        (greedy("x" * 200), TooLong, "holds 128 together"),
+        (greedy("the", Mix({"aa": 1})), UnknownAdapter, "Did you mean 'a'"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_anything_is_begun(
+    engine, request_, error, message
+):
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            engine.generate([greedy("the"), request_])
+        with pytest.raises(error, match=message):
+            asyncio.run(texts(engine, request_))
+    assert len(engine.cache) == 0
+
+
+def test_the_whole_context_can_be_used(engine):
+    assert engine.generate([greedy((9,) * 27, max_tokens=101)])[0].num_tokens == 101
+
+
+def test_scores_sum_over_continuations_and_refuse_nothing_to_score(engine):
+    parts = engine.score([Request("the cat"), Request("the cat in")], [" in", " on"])
+    whole = engine.score([Request("the cat")], [" in on"])[0]
+    assert sum(parts) == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(BadRequest, match="no tokens"):
+        engine.score([Request("the cat")], [""])
+    with pytest.raises(BadRequest, match="1 requests and 2 continuations"):
+        engine.score([Request("the cat")], ["a", "b"])
+    with pytest.raises(TooLong):
+        engine.score([Request("the cat")], ["x" * 200])
+
+
+def test_a_scored_text_keeps_its_own_tokens(engine, base):
+    """'th' + 'e' is one token in one piece: then the continuation is cut by itself."""
+    th, e, the = (base.tokenizer(text)["input_ids"] for text in ("th", "e", "the"))
+    assert th + e != the
+    joined = engine.score([Request(tuple(th))], ["e"])
+    assert engine.score([Request("th")], ["e"]) == joined
+
+
+def test_a_long_prompt_does_not_hold_up_who_is_answering(base):
+    async def race(engine):
+        order = []
+
+        async def one(name, request):
+            async for chunk in engine.stream(request):
+                order.extend([name] * chunk.num_tokens)
+
+        await asyncio.gather(
+            one("short", greedy("the", max_tokens=20)),
+            one("long", greedy((7,) * 120, max_tokens=2)),
+        )
+        return order
+
+    with LocalEngine(base, max_batch=4, step_tokens=8) as engine:
+        order = asyncio.run(race(engine))
+    assert order.index("long") > 8
+
+
+def test_more_requests_than_the_batch_and_the_queue_hold_are_all_answered_in_order(base):
+    requests = [greedy((5 + n,), max_tokens=3) for n in range(30)]
+    with LocalEngine(base) as engine:
+        wanted = [engine.generate([request])[0].tokens for request in requests]
+    with LocalEngine(base, max_batch=3, max_queue=2) as engine:
+        assert [answer.tokens for answer in engine.generate(requests)] == wanted
+
+
+def test_a_full_queue_is_busy_and_recovers(base):
+    async def crowd(engine):
+        streams = [engine.stream(greedy("the", max_tokens=100)) for _ in range(3)]
+        first = [await anext(streams[0])]
+        waiting = asyncio.ensure_future(anext(streams[1]))
+        await asyncio.sleep(0.02)
+        with pytest.raises(Busy, match="queue is full"):
+            await anext(streams[2])
+        await streams[0].aclose()
+        first.append(await waiting)
+        await streams[1].aclose()
+        return first
+
+    with LocalEngine(base, max_batch=1, max_queue=1) as engine:
+        assert len(asyncio.run(crowd(engine))) == 2
+        assert engine.generate([greedy("the", max_tokens=2)])[0].num_tokens == 2
+
+
+def test_closing_a_stream_frees_its_request_at_once(engine):
+    async def leave():
+        stream = engine.stream(greedy("the", Mix({"a": 1}), max_tokens=120))
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(leave())
+    engine.remove("a")
+    wait_until(lambda: engine._scheduler.is_idle)
+    assert len(engine.cache) == 0
+    wait_until(lambda: all(not layer.bound for layer in layers_of(engine, "a@")))
+
+
+def layers_of(engine, prefix):
+    return [
+        layer
+        for layer in engine._core.mixed.layers.values()
+        if any(name.startswith(prefix) for name in layer.bound)
+    ]
+
+
+def wait_until(claim, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not claim():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)
+
+
+def test_an_adapter_replaced_or_removed_under_a_request_does_not_change_it(base):
+    mix = Mix({"a": 1})
+    request = greedy("the cat", mix, max_tokens=60)
+    old, new = (random_adapter(base.model, "a", seed=seed) for seed in (1, 2))
+    with LocalEngine(tiny_base(), [old]) as engine:
+        wanted = engine.generate([request])[0].text
+    with LocalEngine(tiny_base(), [new]) as engine:
+        replaced = engine.generate([request])[0].text
+
+    async def during(engine):
+        stream = engine.stream(request)
+        shown = [(await anext(stream)).text]
+        engine.add(new)
+        after = asyncio.ensure_future(texts(engine, request))
+        await asyncio.sleep(0)
+        engine.remove("a")
+        shown += [chunk.text async for chunk in stream]
+        return "".join(shown), "".join(await after)
+
+    with LocalEngine(base, [old]) as engine:
+        assert asyncio.run(during(engine)) == (wanted, replaced)
+        assert engine.adapters == ()
+        with pytest.raises(UnknownAdapter):
+            engine.generate([request])
+        wait_until(lambda: not engine._core.mixed.digests)
+
+
+def test_adding_the_same_content_again_keeps_the_cache(engine, base):
+    request = greedy("the cat", Mix({"a": 1}))
+    engine.generate([request])
+    engine.add(random_adapter(tiny_model(), "a", rank=3, seed=1))
+    assert engine.generate([request])[0].num_cached_tokens > 0
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_changes(engine):
+    stranger = random_adapter(tiny_model("gpt2"), "stranger")
+    with pytest.raises(BaseMismatch):
+        engine.add(stranger)
+    assert engine.adapters == ("a", "b")
+    assert engine.generate([greedy("the")])[0].text
+    with pytest.raises(UnknownAdapter):
+        engine.remove("stranger")
+    with pytest.raises(BaseMismatch):
+        LocalEngine(tiny_base(), [stranger])
+
+
+def test_a_crash_in_a_step_fails_its_requests_and_the_engine_goes_on(engine, base):
+    wanted = engine.generate([greedy("the cat", MIXES[2])])[0].tokens
+    trap = {"armed": True}
+
+    def crash(module, inputs):
+        if trap.pop("armed", False):
+            raise RuntimeError("no memory")
+
+    hook = base.model.model.layers[1].register_forward_pre_hook(crash)
+    with pytest.raises(
+        EngineError, match=r"failed with RuntimeError\('no memory'\); send it again"
+    ):
+        engine.generate([greedy("in"), greedy("on")])
+    hook.remove()
+    assert engine._scheduler.is_idle
+    assert engine.generate([greedy("the cat", MIXES[2])])[0].tokens == wanted
+
+
+def test_a_request_that_cannot_be_read_fails_alone(engine, monkeypatch):
+    def broken(self, logits):
+        raise ValueError("not a number")
+
+    monkeypatch.setattr("loramix.engine.sampler.Sampler.probabilities", broken)
+
+    async def both():
+        sampled = Request("the", sampling=Sampling(temperature=1, max_tokens=30))
+        results = await asyncio.gather(
+            texts(engine, sampled), texts(engine, greedy("the")), return_exceptions=True
+        )
+        assert isinstance(results[0], EngineError)
+        assert "".join(results[1])
+
+    asyncio.run(both())
+
+
+def test_two_engines_work_side_by_side(base):
+    other = tiny_base("gpt2")
+    requests = [greedy(prompt, MIXES[2]) for prompt in PROMPTS]
+    answers = [[], []]
+
+    def run(engine, kept):
+        kept += [engine.generate([request])[0].tokens for request in requests]
+
+    one = LocalEngine(base, two_adapters(base.model))
+    two = LocalEngine(other, two_adapters(other.model), cache_bytes=0)
+    with one, two:
+        wanted = [[answer.tokens for answer in engine.generate(requests)] for engine in (one, two)]
+        pairs = zip((one, two), answers, strict=True)
+        threads = [threading.Thread(target=run, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert answers == wanted
+    assert wanted[0] != wanted[1]
+
+
+def test_closing_ends_the_thread_fails_what_runs_and_gives_the_model_back(base):
+    before = {name: type(module) for name, module in base.model.named_modules()}
+    ids = torch.tensor([[5, 6, 7]])
+    plain = base.model(ids).logits
+    threads = threading.active_count()
+    engine = LocalEngine(base, two_adapters(base.model))
+
+    async def cut():
+        stream = engine.stream(greedy("the", max_tokens=120))
+        await anext(stream)
+        engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            async for _ in stream:
+                pass
+
+    asyncio.run(cut())
+    engine.close()
+    assert threading.active_count() == threads
+    assert {name: type(module) for name, module in base.model.named_modules()} == before
+    assert torch.equal(base.model(ids).logits, plain)
+    with pytest.raises(EngineError, match="closed"):
+        engine.generate([greedy("the")])
+    with LocalEngine(base, two_adapters(base.model)) as again:
+        assert again.generate([greedy("the", Mix({"a": 1}))])[0].text
+
+
+def test_an_engine_that_is_dropped_leaves_no_thread(base):
+    threads = threading.active_count()
+    engine = LocalEngine(base)
+    assert threading.active_count() == threads + 1
+    del engine
+    wait_until(lambda: threading.active_count() == threads)
+
+
+def test_the_model_is_as_it_was_between_steps(engine, base):
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(base.model(ids).logits, tiny_model()(ids).logits)
+    engine.generate([greedy("the", Mix({"a": 1}))])
+    assert torch.equal(base.model(ids).logits, tiny_model()(ids).logits)
