@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 from loramix.adapter import Adapter, Card
-from loramix.errors import AdapterError, BaseMismatch, UnknownAdapter
+from loramix.errors import AdapterError, BaseMismatch, LoramixError, UnknownAdapter
 from loramix.formats.aside import aside
 from loramix.formats.card import read_card, write_card
 from loramix.formats.config import interpret, load_config
@@ -56,13 +56,23 @@ class Library:
         return sorted(name for name in inside if not name.startswith(("_", ".")))
 
     def cards(self) -> list[Card]:
-        """The cards of all adapters that have a readable one; `damaged` tells of the rest."""
+        """The cards of all adapters that are whole; `damaged` tells of the rest."""
         return [card for card in map(self._card, self.names()) if isinstance(card, Card)]
 
     def damaged(self) -> dict[str, str]:
-        """What is wrong with the folders whose card cannot be read, by name."""
+        """What is wrong with the folders that are not an adapter's any more, by name."""
         cards = {name: self._card(name) for name in self.names()}
         return {name: card for name, card in cards.items() if isinstance(card, str)}
+
+    def card(self, name: str) -> Card:
+        """Raises UnknownAdapter, or FormatError naming the folder if it is damaged."""
+        folder = self.path(name)
+        check_name(name)
+        find_weights(folder)
+        config = interpret(load_config(folder / CONFIG), str(folder / CONFIG))
+        if not (folder / CARD).exists():  # a PEFT folder somebody copied in
+            return Card(name, base=config.base)
+        return dataclasses.replace(read_card(folder), name=name)
 
     def path(self, name: str) -> Path:
         """The folder of an adapter; UnknownAdapter if the library has none of this name."""
@@ -137,17 +147,11 @@ class Library:
         raise AdapterError(f"{source} does not exist; expected a folder, a file or a hub id.")
 
     def _card(self, name: str) -> Card | str:
-        """The card of an adapter's folder, or what is wrong with that folder."""
-        folder = self.folder / name
+        """The card, or what is wrong: the one place that goes on after an error."""
         try:
-            check_name(name)
-            find_weights(folder)
-            config = interpret(load_config(folder / CONFIG), str(folder / CONFIG))
-            if not (folder / CARD).exists():  # a PEFT folder somebody copied in
-                return Card(name, base=config.base)
-            return dataclasses.replace(read_card(folder), name=name)
-        except AdapterError as error:
-            return f"{folder} is damaged: {error}"
+            return self.card(name)
+        except LoramixError as error:
+            return str(error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ class Settings:
                 f"{where}: {len(strays)} of {len(layers)} updates are for layers its config does "
                 f"not target (first: {strays[0]}); fetch both files again, they are not a pair."
             )
-        names = self.targets if isinstance(self.targets, tuple) else ()
+        names = [name for name in self._wanted() if not _matches(self.excluded, name)]
         empty = [name for name in names if not any(_ends_with(layer, name) for layer in layers)]
         if empty:
             raise FormatError(
@@ -115,6 +115,11 @@ class Settings:
         if isinstance(self.targets, str) or not self.layers:
             return _matches(self.targets or (), layer)
         return _matches(self.targets or (), layer) and self._number(layer) in self.layers
+
+    def _wanted(self) -> list[str]:
+        """The names it targets, less the full ones of layers it does not transform."""
+        names = self.targets if isinstance(self.targets, tuple) else ()
+        return [n for n in names if not self.layers or self._number(n) in (None, *self.layers)]
 
     def _number(self, layer: str) -> int | None:
         """The layer's number: after one of the patterns, else the first number in its name."""
