@@ -15,7 +15,7 @@ from loramix.errors import AdapterError, FormatError, MixSyntaxError
 from loramix.formats import peft
 from loramix.lora import Pair
 from tests.formats import layouts
-from tests.formats.layouts import LAYERS, D, OUT, R, factors, folder, peft_tensors
+from tests.formats.layouts import LAYERS, OUT, D, R, factors, folder, peft_tensors
 from tests.peft_twin import load_in_peft, save_twin
 from tests.tiny import tiny_model
 

@@ -257,9 +257,11 @@ def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
     for key, value in config.items():
         if key not in known and value not in (None, False, "", [], {}):
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "delete it if it changes nothing."
+            hint = (
+                f"if it is {close[0]!r}, rename it" if close else "if it changes nothing, delete it"
+            )
             raise FormatError(
-                f"{where}: unknown field {key!r}, which may change the result; {hint}"
+                f"{where}: unknown field {key!r}, which may change the result; {hint}."
             )
 
 
