@@ -42,20 +42,22 @@ def fetch(id: str, revision: str | None = None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise AdapterError(f"{id} has no revision {revision!r}; check it on the hub.") from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise AdapterError(_unreachable(at)) from error
+        raise AdapterError(_unreachable(at, error.__cause__)) from error
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        message = f"The hub answered {status} for {at}; check HF_TOKEN, or try again later."
-        raise AdapterError(message) from error
+        raise AdapterError(_unreachable(at, error)) from error
     except (httpx.HTTPError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0][:120] or type(error).__name__
         message = f"Cannot fetch {at} ({reason}); check the network and try again."
         raise AdapterError(message) from error
 
 
-def _unreachable(at: str) -> str:
+def _unreachable(at: str, cause: BaseException | None) -> str:
     from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
 
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        return f"The hub answered {status} for {at}; check HF_TOKEN, or try again later."
     if is_offline_mode():
         return f"{at} is not in the cache and HF_HUB_OFFLINE is set; unset it to download."
     return f"{at} is not in the cache and the hub cannot be reached; check the network."
