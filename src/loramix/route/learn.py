@@ -19,7 +19,7 @@ CROSS_FIT = 3000  # with fewer rows than this, every row is held out once; else 
 STORED = {False: 300, True: 2000}  # examples kept as neighbours, without and with sentence vectors
 LEFT_OUT = 600  # rows of each adapter in the refits that leave some adapters out
 STRENGTH = 20.0  # of the data against the regulariser
-FIT_STEPS, REFIT_STEPS = 50, 15
+FIT_STEPS, REFIT_STEPS = 100, 30
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the n-grams in the blend, tried on held-out rows
 TEMPERATURES = tuple(float(t) for t in np.geomspace(0.3, 3, 24))
 
