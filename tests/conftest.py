@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is imported
+
 from tests.tiny import ARCHITECTURES
 
 if TYPE_CHECKING:

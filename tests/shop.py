@@ -12,13 +12,15 @@ from loramix.route.encode import NgramEncoder
 from loramix.route.gate import GateRouter
 from tests.tiny import random_adapter, tiny_base
 
+THINGS = ("card", "cash", "account", "transfer", "payment", "pin")
+FATES = ("stolen", "blocked", "declined", "late", "lost")
+VERBS = ("count", "list", "show", "sum", "sort")
+COLUMNS = ("names of all singers", "ages of all pupils", "prices of all cars",
+           "titles of all books", "areas of all states", "years of all films")  # fmt: skip
 QUERIES = {
-    "banking": [f"my {thing} was {what}" for thing in ("card", "cash", "account", "transfer",
-                "payment", "pin") for what in ("stolen", "blocked", "declined", "late", "lost")],
-    "sql": [f"{verb} the {what} of all {things}" for verb in ("count", "list", "show", "sum", "sort")
-            for what, things in (("names", "singers"), ("ages", "pupils"), ("prices", "cars"),
-                                 ("titles", "books"), ("areas", "states"), ("years", "films"))],
-}  # fmt: skip
+    "banking": [f"my {thing} was {fate}" for thing in THINGS for fate in FATES],
+    "sql": [f"{verb} the {column}" for verb in VERBS for column in COLUMNS],
+}
 BANKING, SQL = "my card was blocked", "list the names of all pupils"
 
 

@@ -69,5 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"Error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    sentence = " ".join(message.split())
+    typer.echo(f"Error: {sentence}{'' if sentence.endswith(('.', '?')) else '.'}", err=True)
     return status

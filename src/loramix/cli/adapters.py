@@ -18,12 +18,14 @@ from loramix.cli.flags import Json, Machine, flags
 from loramix.cli.opening import hush, notice
 from loramix.cli.printing import print_json, print_table
 from loramix.cli.reading import read_examples, read_queries
-from loramix.errors import BadRequest, UnknownAdapter
+from loramix.errors import BadRequest, RouteError, UnknownAdapter
 from loramix.library import Library
 from loramix.lm import POCKET_LIBRARY, ROUTER, has_router, own_library
+from loramix.mix import check_name
 
 if TYPE_CHECKING:
     from loramix.library import Check
+    from loramix.route.encode import Encoder
     from loramix.route.gate import GateRouter
 
 Folder = Annotated[Path | None, typer.Option("--library", help="Folder of adapters.")]
@@ -78,6 +80,8 @@ def add(
 ) -> None:
     """Add an adapter to a library; with --examples the router learns it at once."""
     hush()
+    if name is not None:
+        check_name(name)
     queries = read_queries(examples) if examples else []
     shelf = Library(library or own_library())
     with TemporaryDirectory() as staging, notice(f"Reading {source} ..."):
@@ -144,6 +148,7 @@ def fit(
     library: Folder = None,
     keep: Annotated[float, typer.Option(help="Share of own queries to keep from the base.")] = 0.95,
     top: Annotated[int, typer.Option(help="Most adapters in one mix.")] = 2,
+    encoder: Annotated[str, typer.Option(help="auto, ngrams or minilm.")] = "auto",
 ) -> None:
     """Fit a library's router from queries its adapters were trained on."""
     from loramix.route.gate import GateRouter
@@ -155,10 +160,21 @@ def fit(
         if name not in known:
             raise UnknownAdapter(name, known)
     with notice("Fitting the router ..."):
-        GateRouter.fit(rows, keep=keep, top=top).save(shelf.folder / ROUTER)
-    typer.echo(f"Fitted the router of {shelf.folder} to {', '.join(sorted(rows))}.", err=True)
+        fitted = GateRouter.fit(rows, encoder=_encoder(encoder), keep=keep, top=top)
+        fitted.save(shelf.folder / ROUTER)
+    typer.echo(f"Fitted the router of {shelf.folder} to {', '.join(fitted.adapters)}.", err=True)
     for name in sorted({*known} - {*rows}):
         typer.echo(f"{name} has no examples: it answers only when a mix names it.", err=True)
+
+
+def _encoder(name: str) -> Encoder:
+    from loramix.route.encode import MiniLmEncoder, default_encoder
+    from loramix.route.ngrams import NgramEncoder
+
+    makers = {"auto": default_encoder, "ngrams": NgramEncoder, "minilm": MiniLmEncoder.open}
+    if name not in makers:
+        raise RouteError(f"Unknown encoder {name!r}; expected {', '.join(makers)}.")
+    return makers[name]()
 
 
 def _grown_router(shelf: Library, name: str, queries: list[str]) -> GateRouter:

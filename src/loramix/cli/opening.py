@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -15,7 +16,7 @@ from loramix.cli.flags import Machine, Where
 def open_lm(where: Where, machine: Machine) -> lm.LM:
     """`loramix.open` with its warnings silenced and its progress on a terminal only."""
     hush(bars=sys.stderr.isatty() and where.base != "pocket")
-    with notice(f"Opening {where.base} ..."):
+    with notice(f"Opening {where.base} ..."), no_collection():
         return lm.open(
             where.base,
             where.shelf.folder,
@@ -38,6 +39,21 @@ def notice(text: str) -> Iterator[None]:
     finally:
         sys.stderr.write("\r\033[K")
         sys.stderr.flush()
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Look for no garbage meanwhile, nor later among what is there then.
+
+    Importing torch and transformers makes a million objects that all stay; searching them again
+    and again takes half as long as the imports themselves.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def hush(*, bars: bool = False) -> None:
