@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POCKET = Path(__file__).parent / "pocket"
+SAMPLE = 256  # signs of each tensor in a fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,8 +38,12 @@ class Base:
 
     @property
     def context(self) -> int:
-        """The most tokens a prompt and its answer may have together."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        """The most tokens a prompt and its answer may have together; BaseError if unlimited."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            kind = self.model.config.model_type
+            raise BaseError(f"{self.id} ({kind}) states no context length; use another base.")
+        return int(limit)
 
 
 def best_device() -> str:
@@ -61,33 +66,55 @@ def open_base(
     own elsewhere. Gated models use HF_TOKEN; HF_HUB_OFFLINE is respected. Custom code of a
     repository is never run. Raises BaseError.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    device = best_device() if device == "auto" else device
     path = str(POCKET / "base") if source == "pocket" else source
+    _check_source(path, revision)
+    place = _device(device)
+    wanted = _dtype(dtype, place)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(dtype, device), **options)
-        model = model.to(torch.device(device)).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        model = _load(path, wanted, place, options)
+    except BaseError:
+        raise
+    except Exception as error:  # whatever transformers makes of somebody else's files
         raise BaseError(_explain(source, error)) from error
-    name = Path(source).name if Path(source).is_dir() else source
-    return Base(name, model, tokenizer, fingerprint(cast("PreTrainedModel", model)))
+    name = Path(source).resolve().name if Path(source).is_dir() else source
+    return Base(name, model, tokenizer, fingerprint(model))
+
+
+def _load(
+    path: str, dtype: torch.dtype | str, device: torch.device, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model; BaseError if transformers had to make up weights that the files lack."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, output_loading_info=True, **options
+    )
+    model: PreTrainedModel = loaded[0].to(device).eval()
+    found: dict[str, Any] = loaded[1]
+    if missing := sorted(found["missing_keys"]):
+        raise BaseError(
+            f"The weights of {path!r} lack {len(missing)} tensors of {type(model).__name__} "
+            f"(first: {missing[0]}); fetch it again, or use a causal language model."
+        )
+    return model
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen hex digits that tell bases apart: names and shapes, and a sample of each matrix.
+    """Sixteen hex digits that tell bases apart: names, shapes and a sample of signs.
 
-    The sample is rounded to bfloat16, so one checkpoint opened in any dtype has one fingerprint.
-    Adapted layers are read through to their base, so binding adapters does not change it.
+    Rounding never changes a sign bit, so one checkpoint opened in any precision has one
+    fingerprint, while training flips some. Adapted layers are read through to their base.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_plain_names(model)):
         flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().bfloat16()
+        signs = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].signbit()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+        digest.update(signs.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -95,18 +122,43 @@ def _plain_names(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     return [(name.replace(".base.", "."), tensor) for name, tensor in model.named_parameters()]
 
 
-def _dtype(name: str, device: str) -> torch.dtype | str:
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name == "auto":
-        return torch.float32 if device == "cpu" else "auto"
+        return torch.float32 if device.type == "cpu" else "auto"
     if name not in DTYPES:
         raise BaseError(f"Unknown dtype {name!r}; expected auto, {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 
+def _device(name: str) -> torch.device:
+    """The device, tried with one number: a name alone does not say that it is there."""
+    try:
+        device = torch.device(best_device() if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BaseError(f"No device {name!r} here; expected auto, cpu, cuda or mps.") from error
+    return device
+
+
+def _check_source(path: str, revision: str | None) -> None:
+    """Never ask the hub for what is clearly a path."""
+    is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
+    if not path.strip() or (is_path and not Path(path).exists()):
+        raise BaseError(f"The base {path!r} does not exist; give a folder, a hub id or 'pocket'.")
+    if Path(path).is_file():
+        raise BaseError(f"The base {path!r} is a file; give the folder it is in.")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise BaseError(f"{path!r} has no config.json; expected the folder of a whole model.")
+    if Path(path).is_dir() and revision:
+        raise BaseError(f"{path!r} is a local folder; a revision is for hub ids only.")
+
+
 def _explain(source: str, error: Exception) -> str:
     """One line for a user: what was tried, what went wrong, what to do."""
     reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    if "trust_remote_code" in str(error):
+        reason = "it needs code of its own, which is never run."
     return (
-        f"Cannot open the base {source!r}: {reason} Expected a folder with config.json, weights and "
-        f"a tokenizer, or a hub id (set HF_TOKEN for gated models), or 'pocket'."
+        f"Cannot open the base {source!r}: {reason} Expected a folder with config.json, weights "
+        f"and a tokenizer, or a hub id (set HF_TOKEN for gated models), or 'pocket'."
     )
