@@ -72,13 +72,8 @@ class StepCache:
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Seen, Seen]:
         """File [1, H, N, D] with the requests; `attend` gets the results as key and value."""
-        pairs = [
-            span.history.append(
-                layer_idx, keys[:, :, span.start : span.end], values[:, :, span.start : span.end]
-            )
-            for span in self.spans
-        ]
-        seen = Seen(self.spans, pairs)
+        rows = zip(self.spans, _cut(keys, self.spans), _cut(values, self.spans), strict=True)
+        seen = Seen(self.spans, [span.history.append(layer_idx, k, v) for span, k, v in rows])
         return seen, seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -109,13 +104,20 @@ def attend(
         raise EngineError(f"{type(module).__name__} needs more than causal attention.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = []
-    for span, (keys, values) in zip(key.spans, key.pairs, strict=True):
-        rows = query[:, :, span.start : span.end]
+    for span, rows, (keys, values) in zip(
+        key.spans, _cut(query, key.spans), key.pairs, strict=True
+    ):
         if span.num_rows == 1:
-            parts.append(_one(rows, keys, values, scale, sliding_window, softcap))
+            part = _one(rows, keys, values, scale, sliding_window, softcap)
         else:
-            parts.append(_many(rows, keys, values, span, scale, sliding_window, softcap))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+            part = _many(rows, keys, values, span, scale, sliding_window, softcap)
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, dim=1), None
+
+
+def _cut(row: Tensor, spans: Sequence[Span]) -> tuple[Tensor, ...]:
+    """Each span's part of [1, H, N, D]."""
+    return torch.split(row, [span.num_rows for span in spans], dim=2)
 
 
 def _one(
