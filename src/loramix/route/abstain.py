@@ -92,15 +92,18 @@ def fit_abstain(
 def with_keep(abstain: Abstain, scores: Floats, labels: Ints, keep: float) -> Abstain:
     """The same score with thresholds for another target, from held-out rows' scores and adapters.
 
-    An adapter with too few rows for its own quantile gets the one of all rows together.
+    An adapter with too few rows for its own quantile gets the one of all rows together, or even
+    odds if that is lower.
     """
-    pooled = conformal(scores, keep)
-    thresholds = []
-    for adapter in range(len(abstain.thresholds)):
-        mine = scores[labels == adapter]
-        thresholds.append(conformal(mine, keep) if len(mine) * (1 - keep) >= 1 else pooled)
+    pooled = min(conformal(scores, keep), 0.0) if _enough(scores, keep) else 0.0
+    groups = [scores[labels == adapter] for adapter in range(len(abstain.thresholds))]
+    thresholds = [conformal(mine, keep) if _enough(mine, keep) else pooled for mine in groups]
     kept = scores >= np.asarray(thresholds)[labels] if len(labels) else np.ones(1, bool)
     return Abstain(abstain.weights, abstain.bias, tuple(thresholds), keep, float(kept.mean()))
+
+
+def _enough(scores: Floats, keep: float) -> bool:
+    return (len(scores) + 1) * (1 - keep) >= 1
 
 
 def conformal(scores: Floats, keep: float) -> float:

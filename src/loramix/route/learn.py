@@ -15,7 +15,7 @@ from loramix.route.ngrams import Floats, Ints, Vocabulary
 from loramix.route.rows import FOLDS, Batch, Mask, Rows
 from loramix.route.softmax import fit_softmax
 
-CROSS_FIT = 3000  # with fewer rows than this, every row is held out once; else one fold is
+CROSS_FIT = 1000  # with fewer rows of adapters, every row is held out once; else one fold is
 STORED = {False: 300, True: 2000}  # examples kept as neighbours, without and with sentence vectors
 LEFT_OUT = 600  # rows of each adapter in the refits that leave some adapters out
 STRENGTH = 20.0  # of the data against the regulariser
@@ -70,7 +70,7 @@ def _fit_halves(
 
 def calibrate(rows: Rows, keep: float) -> Calibration:
     """Choose what the gate leaves open by how a gate without them treats held-out rows."""
-    folds = range(FOLDS) if len(rows.labels) < CROSS_FIT else range(1)
+    folds = range(FOLDS) if rows.counts().sum() < CROSS_FIT else range(1)
     trials = [Trial.of(rows, fold) for fold in folds]
     share, temperature = _sharpen(trials)
     trials = [trial.calibrated(share, temperature) for trial in trials]
@@ -140,7 +140,7 @@ def signs_of(batch: Batch, gate: Gate, neighbours: Neighbours) -> Floats:
 
 
 def store(rows: Rows, gate: Gate) -> Neighbours:
-    """The first examples of every adapter, in their fixed random order, as neighbours."""
+    """The first examples of every adapter, in the order of their hashes, as neighbours."""
     limit = STORED[rows.batch.vectors is not None]
     chosen = [np.flatnonzero(rows.labels == label)[:limit] for label in range(rows.none)]
     some = rows.take(np.concatenate(chosen))

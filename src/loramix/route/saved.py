@@ -58,8 +58,8 @@ def load(folder: Path, encoder: Encoder | None) -> GateRouter:
     facts = _read_facts(folder)
     chosen = _encoder(facts, encoder)
     try:
-        with np.load(folder / ARRAYS, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with (folder / ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in found.files}
         examples = json.loads(gzip.decompress((folder / EXAMPLES).read_bytes()))
         return _router(facts, arrays, examples, chosen)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
