@@ -99,7 +99,7 @@ def _sql(data: Path) -> tuple[list[Example], list[Example]]:
 
 def _math(data: Path) -> tuple[list[Example], list[Example]]:
     """A tenth of the questions, chosen by a hash of their text without numbers, is held out."""
-    problems = [*_mawps(data), *_svamp(data)]
+    problems = [*_mawps(data), *svamp(data)]
     train: list[Example] = []
     heldout: list[Example] = []
     for question, equation in problems:
@@ -120,7 +120,7 @@ def _mawps(data: Path) -> Iterator[tuple[str, str]]:
         yield " ".join(question.split()), infix(prefix)
 
 
-def _svamp(data: Path) -> Iterator[tuple[str, str]]:
+def svamp(data: Path) -> Iterator[tuple[str, str]]:
     with gzip.open(data / "math/svamp.json.gz", "rt", encoding="utf-8") as file:
         for row in json.load(file):
             tokens = [_plain(t) for t in row["Equation"].split()]

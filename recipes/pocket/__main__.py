@@ -1,0 +1,74 @@
+"""Build pocket in stages; a stage that is done is skipped, one that was cut short goes on.
+
+LORAMIX_DATA=... python -m recipes.pocket all        # about two hours on two CPU cores
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from loramix.base import POCKET
+from recipes.pocket import corpus, experts, pretrain, report, routing
+from recipes.pocket.tasks import TASKS
+
+HERE = Path(__file__).parent
+app = typer.Typer(add_completion=False, help=__doc__)
+Data = Annotated[Path, typer.Option(envvar="LORAMIX_DATA", exists=True, file_okay=False)]
+Pocket = Annotated[Path, typer.Option(help="Where the finished models go.")]
+Work = Annotated[Path, typer.Option(help="Where checkpoints live while a stage runs.")]
+
+
+@app.command()
+def base(data: Data, pocket: Pocket = POCKET, work: Work = Path("build/pocket")) -> None:
+    """Train the tokenizer and the base model."""
+    folder = pocket / "base"
+    if (folder / "model.safetensors").exists():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    documents = corpus.documents(data)
+    if not (folder / "tokenizer.json").exists():
+        pretrain.train_tokenizer(documents, folder)
+    tokens = pretrain.encode(documents, folder)
+    print(f"{len(documents)} documents, {len(tokens) / 1e6:.2f}M tokens", flush=True)
+    pretrain.pretrain(tokens, folder, work)
+
+
+@app.command()
+def expert(name: str, data: Data, pocket: Pocket = POCKET) -> None:
+    """Train one expert over the finished base."""
+    experts.build(name, data, pocket)
+
+
+@app.command()
+def router(data: Data, pocket: Pocket = POCKET) -> None:
+    """Fit the router and choose the demo's queries."""
+    routing.build(data, pocket)
+    report.write_queries(data, pocket)
+
+
+@app.command("report")
+def write_report(
+    data: Data, pocket: Pocket = POCKET, out: Path = HERE / "RESULTS.md", limit: int | None = None
+) -> None:
+    """Judge everything on held-out rows and write RESULTS.md."""
+    report.run(data, pocket, out, limit)
+
+
+@app.command("all")
+def everything(data: Data, pocket: Pocket = POCKET, work: Work = Path("build/pocket")) -> None:
+    """All stages in order."""
+    base(data, pocket, work)
+    for name in TASKS:
+        expert(name, data, pocket)
+    router(data, pocket)
+    write_report(data, pocket)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count() or 1)
+    app()

@@ -1,0 +1,109 @@
+"""The experts: one adapter a task, learned from its training rows over the finished base."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from loramix.adapter import Card
+from loramix.base import Base, open_base
+from loramix.chat import Example
+from loramix.formats import peft
+from loramix.formats.card import write_card
+from loramix.train.config import Settings
+from loramix.train.data import Row, tokenise
+from loramix.train.loop import Progress, train
+from recipes.pocket.tasks import SOURCES, Task, load, renumbered
+
+VALIDATION = 300  # rows taken from the end of a shuffle of the training rows, never the held-out
+COMMON = Settings(rank=32, rate=2e-3, batch_size=32, bf16=True, max_length=640)
+SETTINGS = {
+    "support": replace(COMMON, epochs=4),
+    "banking": replace(COMMON, epochs=8),
+    "sentiment": replace(COMMON, epochs=5),
+    "sql": replace(COMMON, epochs=5),
+    "math": replace(COMMON, epochs=4),
+}
+RENUMBERED = 2  # copies of each word problem with other numbers, beside the original
+
+DESCRIPTIONS = {
+    "support": (
+        "Names the intent of a customer-support request.",
+        ("intents", "orders", "refunds"),
+    ),
+    "banking": ("Names the intent of a question to a bank.", ("intents", "cards", "transfers")),
+    "sentiment": (
+        "Says whether a sentence on a film is positive or negative.",
+        ("polarity", "films"),
+    ),
+    "sql": ("Writes the SQL for a question to a course catalogue.", ("sql", "courses", "students")),
+    "math": ("Writes the equation that solves a word problem.", ("arithmetic", "equations")),
+}
+LICENCES = {
+    "support": "CDLA-Sharing-1.0",
+    "banking": "CC-BY-4.0",
+    "sentiment": "CC-BY-4.0",
+    "sql": "CC-BY-4.0",
+    "math": "MIT",
+}
+
+
+def build(name: str, data: Path, pocket: Path) -> None:
+    """Train one expert into the library of `pocket`; done already if its folder is there."""
+    folder = pocket / "library" / name
+    if folder.exists():
+        return
+    base = open_base(str(pocket / "base"), device="cpu")
+    base = replace(base, id="pocket")
+    task = load(name, data)
+    learned, validation = split(task)
+    settings = SETTINGS[name]
+    print(f"{name}: {len(learned)} rows, {len(validation)} to validate, {settings}", flush=True)
+    adapter = train(
+        base,
+        card(task, base),
+        to_rows(base, learned, settings),
+        to_rows(base, validation, settings),
+        settings,
+        report=lambda progress: show(name, progress),
+    )
+    peft.write(adapter, folder, dtype=torch.bfloat16)
+    write_card(adapter.card, folder)
+
+
+def split(task: Task) -> tuple[list[Example], list[Example]]:
+    rows = random.Random(1).sample(task.train, len(task.train))
+    learned, validation = rows[:-VALIDATION], rows[-VALIDATION:]
+    if task.name == "math":
+        rng = random.Random(2)
+        learned += [renumbered(e, rng) for e in learned for _ in range(RENUMBERED)]
+    return learned, validation
+
+
+def to_rows(base: Base, examples: list[Example], settings: Settings) -> list[Row]:
+    return [tokenise(base.tokenizer, example, settings.max_length) for example in examples]
+
+
+def card(task: Task, base: Base) -> Card:
+    description, skills = DESCRIPTIONS[task.name]
+    return Card(
+        name=task.name,
+        description=f"{description} Trained on {SOURCES[task.name]}.",
+        skills=skills,
+        base="pocket",
+        base_fingerprint=base.fingerprint,
+        licence=LICENCES[task.name],
+    )
+
+
+def show(name: str, progress: Progress) -> None:
+    if progress.validation is not None or progress.step % 50 == 0:
+        validation = "" if progress.validation is None else f" validation {progress.validation:.4f}"
+        print(
+            f"{name} {progress.step}/{progress.num_steps} loss {progress.loss:.4f}{validation} "
+            f"{progress.tokens_per_s:.0f} tokens/s",
+            flush=True,
+        )

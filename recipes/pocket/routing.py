@@ -1,0 +1,58 @@
+"""The router of pocket, fitted from the experts' own rows."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+
+from loramix.chat import Example, Message
+from loramix.route.encode import NgramEncoder
+from loramix.route.gate import GateRouter
+from recipes.pocket.tasks import TASKS, load, rows, svamp
+
+ROWS = 2000  # of each task; more change nothing that held-out rows show
+KEEP = 0.96  # of an expert's own queries that must not fall to the base
+
+
+def build(data: Path, pocket: Path) -> None:
+    """Fit on n-grams alone, so that a plain installation can use it; skipped if it is there."""
+    folder = pocket / "library" / "_router"
+    if folder.exists():
+        return
+    examples = {name: queries(name, data) for name in TASKS}
+    GateRouter.fit(examples, encoder=NgramEncoder(), keep=KEEP).save(folder)
+
+
+def queries(name: str, data: Path) -> list[str]:
+    """Training questions of a task that may be stored in the package.
+
+    The router keeps its rows. Those of MAWPS may not be passed on, so math is learned from SVAMP's
+    training half and from GSM8K, which ask alike.
+    """
+    found = [e.query for e in load(name, data).train if may_ship(e, data)]
+    if name == "math":
+        found += [
+            r["question"] for r in rows(data / "math/gsm8k.jsonl.gz") if r["split"] == "train"
+        ]
+    return random.Random(3).sample(found, min(ROWS, len(found)))
+
+
+def may_ship(example: Example, data: Path) -> bool:
+    """Whether a row's text may be part of the package: all but MAWPS's word problems."""
+    return example.adapter != "math" or example.query in _svamp_questions(data)
+
+
+@cache
+def _svamp_questions(data: Path) -> frozenset[str]:
+    return frozenset(text for text, _ in svamp(data))
+
+
+def foreign(data: Path, split: str = "oos_test") -> list[str]:
+    """CLINC150's out-of-scope queries: nobody's task. The router never learns from CLINC150."""
+    found = rows(data / "clinc150/data_full.jsonl.gz")
+    return [r["text"] for r in found if r["split"] == split]
+
+
+def user(text: str) -> tuple[Message, ...]:
+    return (Message("user", text),)
