@@ -75,32 +75,29 @@ def open_base(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = _load(path, wanted, place, options)
-    except BaseError:
-        raise
+        model, missing = _load(path, wanted, place, options)
     except Exception as error:  # whatever transformers makes of somebody else's files
         raise BaseError(_explain(source, error)) from error
+    if missing:
+        raise BaseError(
+            f"The weights of {source!r} lack {len(missing)} tensors of {type(model).__name__} "
+            f"(first: {missing[0]}); fetch it again, or use a causal language model."
+        )
     name = Path(source).resolve().name if Path(source).is_dir() else source
     return Base(name, model, tokenizer, fingerprint(model))
 
 
 def _load(
     path: str, dtype: torch.dtype | str, device: torch.device, options: dict[str, Any]
-) -> PreTrainedModel:
-    """The model; BaseError if transformers had to make up weights that the files lack."""
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the weights that transformers had to make up because the files lack them."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, output_loading_info=True, **options
     )
     model: PreTrainedModel = loaded[0].to(device).eval()
-    found: dict[str, Any] = loaded[1]
-    if missing := sorted(found["missing_keys"]):
-        raise BaseError(
-            f"The weights of {path!r} lack {len(missing)} tensors of {type(model).__name__} "
-            f"(first: {missing[0]}); fetch it again, or use a causal language model."
-        )
-    return model
+    return model, sorted(loaded[1]["missing_keys"])
 
 
 def fingerprint(model: PreTrainedModel) -> str:
