@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramix.route.abstain import (
@@ -21,6 +21,7 @@ from loramix.route.abstain import (
 from loramix.route.softmax import log_softmax
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 300), st.floats(0.5, 0.99), st.integers(0, 10_000))
 def test_conformal_leaves_out_at_most_its_share(count: int, keep: float, seed: int) -> None:
     scores = np.random.default_rng(seed).normal(size=count).astype(np.float32)
@@ -80,6 +81,7 @@ def test_another_target_moves_thresholds_only() -> None:
     assert all(s > t for s, t in zip(strict.thresholds, loose.thresholds, strict=True))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 6), st.integers(0, 1000))
 def test_signs_are_finite_for_any_number_of_adapters(adapters: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramix.route.ngrams import MAX_CHARS, NgramEncoder, Sparse, Vocabulary, clip, words
@@ -40,6 +40,7 @@ def test_hashing_does_not_depend_on_the_process() -> None:
     assert runs == {f"{NGRAMS.terms('a b')[0].sum()}\n"}
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=300))
 def test_any_text_gives_ascending_columns_in_range(text: str) -> None:
     columns, values = NGRAMS.terms(text)
@@ -50,12 +51,14 @@ def test_any_text_gives_ascending_columns_in_range(text: str) -> None:
     assert (values >= 1).all()
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(alphabet="abc xyz", max_size=40))
 def test_case_and_punctuation_do_not_matter(text: str) -> None:
     loud = "  " + text.upper().replace(" ", " , ") + "!?"
     assert words(loud) == words(text)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(alphabet="abcd ", max_size=20), max_size=6))
 def test_sparse_rows_are_the_dense_ones(texts: list[str]) -> None:
     small = NgramEncoder(bits=8)
@@ -80,6 +83,7 @@ def test_empty_rows_dot_to_zero() -> None:
     assert rows.dot(np.ones((3, 2), np.float32)).tolist() == [[0, 0], [2, 2], [0, 0]]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(min_size=MAX_CHARS + 1, max_size=MAX_CHARS + 50))
 def test_long_texts_keep_start_and_end(text: str) -> None:
     clipped = clip(text)
