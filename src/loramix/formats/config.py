@@ -98,7 +98,8 @@ class Settings:
                 f"{where}: {len(strays)} of {len(layers)} updates are for layers its config does "
                 f"not target (first: {strays[0]}); fetch both files again, they are not a pair."
             )
-        names = [name for name in self._wanted() if not _matches(self.excluded, name)]
+        targets = self.targets if isinstance(self.targets, tuple) else ()
+        names = [name for name in targets if not _matches(self.excluded, name)]
         empty = [name for name in names if not any(_ends_with(layer, name) for layer in layers)]
         if empty:
             raise FormatError(
@@ -107,19 +108,14 @@ class Settings:
             )
 
     def targeted(self, layer: str) -> bool:
-        """Whether PEFT would adapt this layer under this config."""
+        """Whether PEFT would adapt this layer: a full name counts whatever its number."""
         if _matches(self.excluded, layer):
             return False
         if self.targets in (None, "all-linear"):
             return True
-        if isinstance(self.targets, str) or not self.layers:
+        if isinstance(self.targets, str) or not self.layers or layer in (self.targets or ()):
             return _matches(self.targets or (), layer)
         return _matches(self.targets or (), layer) and self._number(layer) in self.layers
-
-    def _wanted(self) -> list[str]:
-        """The names it targets, less the full ones of layers it does not transform."""
-        names = self.targets if isinstance(self.targets, tuple) else ()
-        return [n for n in names if not self.layers or self._number(n) in (None, *self.layers)]
 
     def _number(self, layer: str) -> int | None:
         """The layer's number: after one of the patterns, else the first number in its name."""
