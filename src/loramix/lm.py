@@ -71,22 +71,38 @@ class Reply:
     finish: Finish  # "length" means cut short at max_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A request as it was routed; `decision` is None if the mix was given."""
+
+    request: Request
+    decision: Decision | None
+
+    def reply(self, text: str, usage: Usage, finish: Finish, answer_ms: float) -> Reply:
+        mix, chosen = self.request.mix, self.decision
+        if chosen is None:
+            return Reply(
+                text, mix, {}, None, (), usage, {"route": 0.0, "answer": answer_ms}, finish
+            )
+        ms = {"route": chosen.latency_ms, "answer": answer_ms}
+        return Reply(text, mix, chosen.scores, chosen.none, chosen.reasons, usage, ms, finish)
+
+
 class Stream:
     """An answer as it appears: iterate for its chunks, then read `reply`.
 
     Leaving the loop early cancels the request.
     """
 
-    def __init__(self, engine: Engine, request: Request, decision: Decision | None) -> None:
+    def __init__(self, engine: Engine, plan: Plan) -> None:
         self._engine = engine
-        self._request = request
-        self._decision = decision
+        self._plan = plan
         self._reply: Reply | None = None
 
     @property
     def mix(self) -> Mix:
         """The mix that answers, known before the first chunk."""
-        return self._request.mix
+        return self._plan.request.mix
 
     @property
     def reply(self) -> Reply:
@@ -98,13 +114,13 @@ class Stream:
     def __iter__(self) -> Iterator[Chunk]:
         start = perf_counter()
         chunks: list[Chunk] = []
-        for chunk in _in_step(self._engine.stream(self._request)):
+        for chunk in _in_step(self._engine.stream(self._plan.request)):
             chunks.append(chunk)
             yield chunk
-        answer = "".join(chunk.text for chunk in chunks)
+        text = "".join(chunk.text for chunk in chunks)
         usage = Usage(chunks[-1].num_prompt_tokens, sum(chunk.num_tokens for chunk in chunks))
         finish = chunks[-1].finish or "cancelled"
-        self._reply = _reply(answer, finish, usage, self.mix, self._decision, _ms_since(start))
+        self._reply = self._plan.reply(text, usage, finish, _ms_since(start))
 
 
 class LM:
@@ -134,21 +150,20 @@ class LM:
         sampling: Sampling | None = None,
     ) -> list[Reply]:
         """Answer many prompts, each routed by itself, in one running batch."""
-        planned = [self._plan(prompt, mix, sampling) for prompt in prompts]
+        plans = [self._plan(prompt, mix, sampling) for prompt in prompts]
         start = perf_counter()
-        answers = self.engine.generate([request for request, _ in planned])
+        answers = self.engine.generate([plan.request for plan in plans])
         ms = _ms_since(start)
         return [
-            _reply(answer.text, answer.finish, _usage(answer), request.mix, decision, ms)
-            for answer, (request, decision) in zip(answers, planned, strict=True)
+            plan.reply(answer.text, _usage(answer), answer.finish, ms)
+            for plan, answer in zip(plans, answers, strict=True)
         ]
 
     def stream(
         self, prompt: Prompt, mix: str | Mix = "auto", *, sampling: Sampling | None = None
     ) -> Stream:
         """Like `ask`, as it appears: `for chunk in lm.stream("..."): print(chunk.text)`."""
-        request, decision = self._plan(prompt, mix, sampling)
-        return Stream(self.engine, request, decision)
+        return Stream(self.engine, self._plan(prompt, mix, sampling))
 
     def route(self, prompt: Prompt) -> Decision:
         """What the router makes of a prompt; RouteError if the library has no router."""
@@ -166,14 +181,12 @@ class LM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _plan(
-        self, prompt: Prompt, mix: str | Mix, sampling: Sampling | None
-    ) -> tuple[Request, Decision | None]:
+    def _plan(self, prompt: Prompt, mix: str | Mix, sampling: Sampling | None) -> Plan:
         messages = as_messages(prompt)
         decision = self.route(messages) if mix == "auto" else None
         chosen = decision.mix if decision else as_mix(mix)
         self._load(chosen)
-        return Request(messages, chosen, sampling or Sampling()), decision
+        return Plan(Request(messages, chosen, sampling or Sampling()), decision)
 
     def _load(self, mix: Mix) -> None:
         for name in mix:
@@ -322,20 +335,6 @@ def _in_step(chunks: AsyncIterator[Chunk]) -> Iterator[Chunk]:
         finally:
             thread.submit(runner.run, chunks.aclose()).result()
             thread.submit(runner.close).result()
-
-
-def _reply(
-    text: str,
-    finish: Finish,
-    usage: Usage,
-    mix: Mix,
-    decision: Decision | None,
-    answer_ms: float,
-) -> Reply:
-    ms = {"route": decision.latency_ms if decision else 0.0, "answer": answer_ms}
-    if decision is None:
-        return Reply(text, mix, {}, None, (), usage, ms, finish)
-    return Reply(text, mix, decision.scores, decision.none, decision.reasons, usage, ms, finish)
 
 
 def _usage(answer: Answer) -> Usage:
