@@ -52,6 +52,8 @@ def talk(conversation: Conversation, *, as_json: bool = False) -> None:
                 _command(conversation, line)
             else:
                 _turn(conversation, line, as_json)
+        except KeyboardInterrupt:  # ends the answer; at the prompt it ends the talk
+            typer.echo("\n(stopped)", err=True)
         except (LoramixError, OSError) as error:
             typer.echo(f"Error: {error}", err=True)
 
