@@ -1,6 +1,8 @@
 """What the embedded engine does beyond the invariants: limits, failures, threads, replacement."""
 
 import asyncio
+import contextlib
+import itertools
 import threading
 import time
 
@@ -175,35 +177,54 @@ def test_more_requests_than_the_batch_and_the_queue_hold_are_all_answered_in_ord
         assert [answer.tokens for answer in engine.generate(requests)] == wanted
 
 
+@contextlib.contextmanager
+def brake(base, steps):
+    """Holds the model before a later step than these, until the block ends or it is released."""
+    calls, released = itertools.count(), threading.Event()
+
+    def hold(module, inputs):
+        if next(calls) >= steps:
+            assert released.wait(30)
+
+    hook = base.model.model.layers[0].register_forward_pre_hook(hold)
+    try:
+        yield released.set
+    finally:
+        released.set()
+        hook.remove()
+
+
 def test_a_full_queue_is_busy_and_recovers(base):
     async def crowd(engine):
-        streams = [engine.stream(greedy("the", max_tokens=100)) for _ in range(3)]
-        first = [await anext(streams[0])]
-        waiting = asyncio.ensure_future(anext(streams[1]))
-        await asyncio.sleep(0.02)
-        with pytest.raises(Busy, match="queue is full"):
-            await anext(streams[2])
-        await streams[0].aclose()
-        first.append(await waiting)
-        await streams[1].aclose()
-        return first
+        streams = [engine.stream(greedy("the", max_tokens=50)) for _ in range(3)]
+        with brake(base, steps=3) as release:
+            await anext(streams[0])
+            waiting = asyncio.ensure_future(anext(streams[1]))
+            await asyncio.sleep(0)
+            with pytest.raises(Busy, match="queue is full"):
+                await anext(streams[2])
+            release()
+            await streams[0].aclose()
+            assert (await waiting).text
+            await streams[1].aclose()
 
     with LocalEngine(base, max_batch=1, max_queue=1) as engine:
-        assert len(asyncio.run(crowd(engine))) == 2
+        asyncio.run(crowd(engine))
         assert engine.generate([greedy("the", max_tokens=2)])[0].num_tokens == 2
 
 
-def test_closing_a_stream_frees_its_request_at_once(engine):
+def test_closing_a_stream_frees_its_request_at_once(engine, base):
     async def leave():
-        stream = engine.stream(greedy("the", Mix({"a": 1}), max_tokens=120))
-        await anext(stream)
-        await stream.aclose()
+        stream = engine.stream(greedy("the", Mix({"a": 1}), max_tokens=50))
+        with brake(base, steps=3):
+            await anext(stream)
+            await stream.aclose()
 
     asyncio.run(leave())
     engine.remove("a")
     wait_until(lambda: engine._scheduler.is_idle)
     assert len(engine.cache) == 0
-    wait_until(lambda: all(not layer.bound for layer in layers_of(engine, "a@")))
+    wait_until(lambda: not layers_of(engine, "a@"))
 
 
 def layers_of(engine, prefix):
@@ -328,20 +349,22 @@ def test_closing_ends_the_thread_fails_what_runs_and_gives_the_model_back(base):
     before = {name: type(module) for name, module in base.model.named_modules()}
     ids = torch.tensor([[5, 6, 7]])
     plain = base.model(ids).logits
-    threads = threading.active_count()
+    threads = num_engine_threads()
     engine = LocalEngine(base, two_adapters(base.model))
 
     async def cut():
-        stream = engine.stream(greedy("the", max_tokens=120))
-        await anext(stream)
-        engine.close()
+        stream = engine.stream(greedy("the", max_tokens=50))
+        with brake(base, steps=3) as release:
+            await anext(stream)
+            threading.Timer(0.05, release).start()  # while `close` waits for the step to end
+            engine.close()
         with pytest.raises(EngineError, match="closed"):
             async for _ in stream:
                 pass
 
     asyncio.run(cut())
     engine.close()
-    assert threading.active_count() == threads
+    assert num_engine_threads() == threads
     assert {name: type(module) for name, module in base.model.named_modules()} == before
     assert torch.equal(base.model(ids).logits, plain)
     with pytest.raises(EngineError, match="closed"):
@@ -351,11 +374,15 @@ def test_closing_ends_the_thread_fails_what_runs_and_gives_the_model_back(base):
 
 
 def test_an_engine_that_is_dropped_leaves_no_thread(base):
-    threads = threading.active_count()
+    threads = num_engine_threads()
     engine = LocalEngine(base)
-    assert threading.active_count() == threads + 1
+    assert num_engine_threads() == threads + 1
     del engine
-    wait_until(lambda: threading.active_count() == threads)
+    wait_until(lambda: num_engine_threads() == threads)
+
+
+def num_engine_threads():
+    return sum(thread.name == "loramix-engine" for thread in threading.enumerate())
 
 
 def test_the_model_is_as_it_was_between_steps(engine, base):

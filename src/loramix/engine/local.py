@@ -102,7 +102,8 @@ class LocalEngine:
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names that a mix can have, sorted."""
-        return tuple(sorted(self._bound))
+        with self._lock:
+            return tuple(sorted(self._bound))
 
     def add(self, adapter: Adapter) -> None:
         """Add an adapter, or replace the one of its name, for requests that come from now on.

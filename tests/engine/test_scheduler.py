@@ -1,0 +1,129 @@
+"""Who is computed when: budgets, order, positions, gates; no model needed."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramix.engine.cache import PrefixCache
+from loramix.engine.scheduler import Scheduler, Task
+
+
+class Count:
+    """Reads so many rows, adding a token for each."""
+
+    def __init__(self, rows):
+        self.left = rows
+
+    @property
+    def finished(self):
+        return self.left <= 0
+
+    def read(self, logits):
+        self.left -= len(logits)
+        return [] if self.finished else [0] * len(logits)
+
+
+def scheduler(**options):
+    defaults = {"max_batch": 4, "max_queue": 99, "step_tokens": 8}
+    return Scheduler(PrefixCache(0), **(defaults | options))
+
+
+def task(size, rows=1, weights=()):
+    return Task(list(range(100, 100 + size)), size - 1, weights, "", Count(rows))
+
+
+def run(scheduler):
+    """Step until idle; what each step computed, as (task, number of rows)."""
+    steps = []
+    while not scheduler.is_idle:
+        batch = scheduler.next_batch()
+        steps.append([(part.task, part.span.num_rows) for part in batch.parts])
+        for part in batch.parts:
+            row = torch.ones(1, 1, part.span.num_rows, 1)
+            part.task.history.append(0, row, row)
+        scheduler.record(batch, torch.zeros(len(batch.read_rows), 3))
+    return steps
+
+
+def test_those_who_answer_go_first_and_prompts_follow_in_order():
+    queue = scheduler()
+    short, long, later = task(1, rows=4), task(12), task(5)
+    for item in (short, long, later):
+        queue.add(item)
+    assert run(queue) == [
+        [(short, 1), (long, 7)],
+        [(short, 1), (long, 5), (later, 2)],
+        [(short, 1), (later, 3)],
+        [(short, 1)],
+    ]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5)), min_size=1, max_size=9),
+    st.integers(1, 5),
+    st.integers(1, 9),
+)
+def test_everybody_is_computed_once_within_the_budget(sizes, max_batch, step_tokens):
+    queue = scheduler(max_batch=max_batch, step_tokens=step_tokens)
+    tasks = [task(size, rows) for size, rows in sizes]
+    for item in tasks:
+        queue.add(item)
+    steps = run(queue)
+    for step in steps:
+        assert sum(rows for _, rows in step) <= max(step_tokens, max_batch)
+        assert len(step) <= max_batch
+    for item, (size, rows) in zip(tasks, sizes, strict=True):
+        counts = [count for step in steps for other, count in step if other is item]
+        assert sum(counts) == size + rows - 1
+        assert item.done.done()
+    prompts = [item for item, (size, _) in zip(tasks, sizes, strict=True) if size > 1]
+    starts = [next(i for i, step in enumerate(steps) if item in dict(step)) for item in prompts]
+    assert starts == sorted(starts)  # one-token prompts go first with those who answer
+
+
+def test_a_batch_lays_tasks_end_to_end_each_with_its_own_positions():
+    queue = scheduler()
+    first, second = (
+        task(3, rows=9, weights=(("b", 0.5),)),
+        task(9, weights=(("a", 1.0), ("b", 2.0))),
+    )
+    queue.add(first)
+    queue.add(second)
+    batch = queue.next_batch()
+    assert batch.tokens == [100, 101, 102, 100, 101, 102, 103, 104]
+    assert batch.positions == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert batch.read_rows == [2]
+    gates = batch.gates(torch.device("cpu"))
+    assert gates.adapters == ("a", "b")
+    assert gates.weights[0].tolist() == [[0, 0.5]] * 3 + [[1, 2]] * 5
+    queue.record(batch, torch.zeros(1, 3))
+    batch = queue.next_batch()
+    assert (batch.tokens, batch.positions) == ([0, 105, 106, 107, 108], [3, 5, 6, 7, 8])
+    assert batch.read_rows == [0, 4]
+
+
+def test_only_adapters_at_work_are_in_the_gates():
+    queue = scheduler()
+    queue.add(task(2))
+    assert queue.next_batch().gates(torch.device("cpu")).adapters == ()
+
+
+def test_dropping_frees_memory_and_room_wherever_the_task_is():
+    queue = scheduler(max_batch=1, max_queue=2)
+    running, waiting = task(2, rows=5), task(2, rows=5)
+    for item in (running, waiting):
+        assert queue.room.acquire(blocking=False)
+        queue.add(item)
+    assert not queue.room.acquire(blocking=False)
+    batch = queue.next_batch()
+    assert [part.task for part in batch.parts] == [running]
+    row = torch.ones(1, 1, 2, 1)
+    running.history.append(0, row, row)
+    queue.drop(running)
+    queue.drop(waiting)
+    queue.drop(waiting)
+    assert running.history.size_bytes == 0
+    assert running.done.cancelled()
+    assert queue.is_idle
+    assert [queue.room.acquire(blocking=False) for _ in range(3)] == [True, True, False]
