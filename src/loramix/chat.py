@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loramix.errors import BadRequest
 
@@ -52,5 +52,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     if not tokenizer.chat_template:
         return list(tokenizer("\n\n".join(m.content for m in messages))["input_ids"])
     turns = [{"role": m.role, "content": m.content} for m in messages]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-    return list(ids["input_ids"])
+    rendered: Any = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=True
+    )
+    return list(rendered["input_ids"])
