@@ -12,7 +12,7 @@ from loramix.adapter import Card
 from loramix.base import Base, open_base
 from loramix.chat import Example
 from loramix.formats import peft
-from loramix.formats.card import write_card
+from loramix.library import Library
 from loramix.train.config import Settings
 from loramix.train.data import Row, tokenise
 from loramix.train.loop import Progress, train
@@ -53,8 +53,8 @@ LICENCES = {
 
 def build(name: str, data: Path, pocket: Path) -> None:
     """Train one expert into the library of `pocket`; done already if its folder is there."""
-    folder = pocket / "library" / name
-    if folder.exists():
+    library = Library(pocket / "library")
+    if name in library.names():
         return
     base = open_base(str(pocket / "base"), device="cpu")
     base = replace(base, id="pocket")
@@ -70,8 +70,8 @@ def build(name: str, data: Path, pocket: Path) -> None:
         settings,
         report=lambda progress: show(name, progress),
     )
-    peft.write(adapter, folder, dtype=torch.bfloat16)
-    write_card(adapter.card, folder)
+    pairs = {layer: pair.to(torch.bfloat16) for layer, pair in adapter.pairs.items()}
+    library.put(replace(adapter, pairs=pairs, digest=peft.digest(pairs)))
 
 
 def split(task: Task) -> tuple[list[Example], list[Example]]:

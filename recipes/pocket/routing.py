@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from loramix.chat import Example, Message
-from loramix.route.encode import NgramEncoder
 from loramix.route.gate import GateRouter
+from loramix.route.ngrams import NgramEncoder
 from recipes.pocket.tasks import TASKS, load, rows, svamp
 
 ROWS = 2000  # of each task; more change nothing that held-out rows show
