@@ -15,22 +15,22 @@ from loramix.errors import AdapterError
 def aside(place: Path, *, replace: bool = False) -> Iterator[Path]:
     """A path to build a folder at; it becomes `place` if the block ends well, else it is gone.
 
-    The path does not exist yet. Raises AdapterError if `place` exists and is not to be replaced;
-    with `replace` what was there is removed only after the new folder took its name.
+    The path does not exist yet. With `replace`, what was at `place` is removed only after the new
+    folder took its name. Raises AdapterError if `place` is taken or cannot be written.
     """
     if place.exists() and not replace:
         raise AdapterError(f"{place} exists; remove it first, or ask for it to be replaced.")
-    place.parent.mkdir(parents=True, exist_ok=True)
     new, old = (place.parent / f".{place.name}.{kind}-{uuid4().hex[:8]}" for kind in ("new", "old"))
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
         yield new
         if place.exists():
             place.rename(old)
         new.rename(place)
-    except BaseException:
+    except OSError as error:
+        raise AdapterError(f"Cannot write {place}: {error.strerror or error}.") from error
+    finally:
         if old.exists() and not place.exists():
             old.rename(place)
-        raise
-    finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
