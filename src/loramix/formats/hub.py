@@ -23,8 +23,10 @@ def fetch(id: str, revision: str | None = None) -> Path:
     HF_TOKEN opens gated and private repositories, HF_HUB_OFFLINE keeps to what is cached.
     Raises AdapterError.
     """
-    import httpx
     from huggingface_hub import errors, snapshot_download
+
+    # Of the httpx that the hub's client uses, which differs from version to version.
+    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
     if not is_hub_id(id):
         raise AdapterError(f"{id!r} is no hub id; expected owner/name, or a folder that exists.")
@@ -45,7 +47,7 @@ def fetch(id: str, revision: str | None = None) -> Path:
         raise AdapterError(_unreachable(at, error.__cause__)) from error
     except errors.HfHubHTTPError as error:
         raise AdapterError(_unreachable(at, error)) from error
-    except (httpx.HTTPError, OSError, ValueError) as error:
+    except (http_error, OSError, ValueError) as error:
         reason = str(error).split("\n")[0][:120] or type(error).__name__
         message = f"Cannot fetch {at} ({reason}); check the network and try again."
         raise AdapterError(message) from error
