@@ -51,13 +51,12 @@ def test_a_row_that_would_teach_something_else_is_refused(example, template, exp
         tokenise(tokenizer, example, 64)
 
 
-def test_only_answers_are_labelled():
+def test_rows_end_together_and_only_answers_are_labelled():
     batch = collate([Row((5, 6, 7, 8), 2), Row((9, 10), 1)])
-    assert batch.labels.tolist() == [
-        [IGNORED, IGNORED, 7, 8],
-        [IGNORED, 10, IGNORED, IGNORED],
-    ]
-    assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.ids.tolist() == [[5, 6, 7, 8], [0, 0, 9, 10]]
+    assert batch.mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert batch.labels.tolist() == [[7, 8], [IGNORED, 10]]
 
 
 @given(ROWS, st.integers(1, 8), st.integers(0, 99))

@@ -85,8 +85,14 @@ def test_gradients_equal_pefts():
         if name in pairs:
             layer.lora_A["default"].weight.data = pairs[name].a.detach().clone()
             layer.lora_B["default"].weight.data = pairs[name].b.detach().clone()
-    labels = batch.labels.masked_fill(batch.mask == 0, IGNORED)
-    peft(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss.backward()
+    labels = torch.full_like(batch.ids, IGNORED)
+    labels[:, -batch.num_last :] = batch.labels
+    peft(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        labels=labels,
+    ).loss.backward()
     for name, layer in peft.base_model.model.named_modules():
         if name in pairs:
             torch.testing.assert_close(

@@ -33,11 +33,21 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows padded on the right to one length."""
+    """Rows padded on the left to one length, so that their answers end together.
+
+    Logits are then needed of the last `num_last` positions only, which spares most of the output
+    layer: prompts are long, answers short.
+    """
 
     ids: Tensor  # [N, T]
     mask: Tensor  # [N, T], 0 where padded
-    labels: Tensor  # [N, T], IGNORED except on answers
+    positions: Tensor  # [N, T], of each token within its row
+    labels: Tensor  # [N, L], the last L tokens; IGNORED where no answer
+
+    @property
+    def num_last(self) -> int:
+        """Positions whose logits predict a label: L."""
+        return self.labels.shape[1]
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Row:
@@ -97,13 +107,12 @@ def collate(rows: Sequence[Row], pad: int = 0) -> Batch:
     longest = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
+    labels = torch.full((len(rows), max(row.num_learned for row in rows)), IGNORED)
     for n, row in enumerate(rows):
-        end = len(row.ids)
-        ids[n, :end] = torch.tensor(row.ids)
-        mask[n, :end] = 1
-        labels[n, row.answer_at : end] = ids[n, row.answer_at : end]
-    return Batch(ids, mask, labels)
+        ids[n, longest - len(row.ids) :] = torch.tensor(row.ids)
+        mask[n, longest - len(row.ids) :] = 1
+        labels[n, labels.shape[1] - row.num_learned :] = ids[n, longest - row.num_learned :]
+    return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), labels)
 
 
 def _start(example: Example) -> str:

@@ -140,14 +140,18 @@ def answer_loss(
 ) -> Tensor:
     """Mean cross-entropy in nats over the answer tokens of a batch."""
     device = mixed.model.device
-    ids, labels = batch.ids.to(device), batch.labels[:, 1:].to(device)
-    gates = Gates((name,), torch.ones(len(ids), 1, 1, device=device), dropout)
+    labels = batch.labels.to(device)
+    gates = Gates((name,), torch.ones(len(labels), 1, 1, device=device), dropout)
     with (
         mixed.active.using(gates),
         torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16),
     ):
         logits = mixed.model(
-            input_ids=ids, attention_mask=batch.mask.to(device), use_cache=False
+            input_ids=batch.ids.to(device),
+            attention_mask=batch.mask.to(device),
+            position_ids=batch.positions.to(device),
+            logits_to_keep=batch.num_last + 1,
+            use_cache=False,
         ).logits
     learned = labels != IGNORED
     return F.cross_entropy(logits[:, :-1][learned].float(), labels[learned])
