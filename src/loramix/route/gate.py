@@ -201,11 +201,12 @@ class GateRouter:
     def _strongest(self, query: str, winner: int, count: int = 3) -> list[str]:
         """The words and pairs that speak most for the winner against the mean of the others."""
         vocabulary, weights = self.gate.vocabulary, self.gate.ngrams.weights
-        evidence: dict[str, float] = {}
-        for label, columns in self.ngrams.labelled(query):
-            places = vocabulary.places(np.asarray(columns))
-            lean = weights[places, winner] - weights[places].mean(axis=1)
-            evidence[label] = float((lean * vocabulary.idf[places]).sum())
+        labels, columns = zip(*self.ngrams.labelled(query), strict=True)
+        owner = np.repeat(np.arange(len(labels)), [len(group) for group in columns])
+        places, known = vocabulary.places(np.array([c for group in columns for c in group]))
+        lean = (weights[places, winner] - weights[places].mean(axis=1)) * vocabulary.idf[places]
+        totals = np.bincount(owner[known], lean, minlength=len(labels))
+        evidence = dict(zip(labels, totals.tolist(), strict=True))
         ranked = sorted(evidence, key=lambda label: (-evidence[label], label))
         return [label for label in ranked[:count] if evidence[label] > 0]
 

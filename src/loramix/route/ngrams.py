@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -100,14 +100,17 @@ class NgramEncoder:
 
     def terms(self, text: str) -> tuple[Ints, Floats]:
         """The columns of one text, ascending, and 1 + log(count) of each."""
-        counts = Counter(column for _, columns in self._grams(text) for column in columns)
-        columns = sorted(counts)
-        values = np.log([counts[c] for c in columns], dtype=np.float32) + 1
-        return np.asarray(columns, dtype=np.int64), values.astype(np.float32)
+        found = list(chain.from_iterable(columns for _, columns in self.labelled(text)))
+        columns, counts = np.unique(np.array(found, dtype=np.int64), return_counts=True)
+        return columns, np.log(counts, dtype=np.float32) + 1
 
-    def labelled(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        """Each word or pair of words of a text with the columns it sets, for explanations."""
-        return self._grams(text)
+    def labelled(self, text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each word and pair of neighbouring words of a text, with the columns it sets."""
+        found = words(text)
+        for word in found:
+            yield word, _word_columns(word, self.bits)
+        for left, right in zip(["^", *found], [*found, "$"], strict=True):
+            yield f"{left} {right}", (_column(f"2 {left} {right}", self.bits),)
 
     def matrix(self, texts: Iterable[str]) -> Sparse:
         """The columns of many texts, [N, 2**bits]."""
@@ -119,13 +122,6 @@ class NgramEncoder:
             columns, values = self.terms(text)
             row[columns] = values / max(float(np.linalg.norm(values)), 1e-9)
         return dense
-
-    def _grams(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        found = words(text)
-        for word in found:
-            yield word, list(_word_columns(word, self.bits))
-        for left, right in zip(["^", *found], [*found, "$"], strict=True):
-            yield f"{left} {right}", [_column(f"2 {left} {right}", self.bits)]
 
 
 @lru_cache(maxsize=50_000)
@@ -160,20 +156,22 @@ class Vocabulary:
         idf = np.log(total / (1 + rows[known])) + 1
         return cls(columns[known], idf.astype(np.float32), float(np.log(total / 2) + 1))
 
-    def places(self, columns: Ints) -> Ints:
-        """Where the known ones among some columns stand."""
-        found = np.searchsorted(self.columns, columns).clip(max=max(len(self.columns) - 1, 0))
-        return found[self.columns[found] == columns] if len(self.columns) else columns[:0]
+    def places(self, columns: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+        """Which of some columns are known, and where those stand."""
+        if not len(self.columns):
+            return columns[:0], np.zeros(len(columns), bool)
+        found = np.searchsorted(self.columns, columns).clip(max=len(self.columns) - 1)
+        known = self.columns[found] == columns
+        return found[known], known
 
     def weigh(self, counts: Sparse) -> Sparse:
         """Rows over the F known columns: counts times idf, shorter than one by what is unknown."""
-        if not len(self.columns):
-            return Sparse(np.zeros_like(counts.starts), counts.columns[:0], counts.values[:0])
-        place = np.searchsorted(self.columns, counts.columns).clip(max=len(self.columns) - 1)
-        known = self.columns[place] == counts.columns
-        values = counts.values * np.where(known, self.idf[place], np.float32(self.rare))
+        places, known = self.places(counts.columns)
+        idf = np.full(len(known), self.rare, np.float32)
+        idf[known] = self.idf[places]
+        values = counts.values * idf
         row = np.repeat(np.arange(counts.num_rows), np.diff(counts.starts))
         length = np.sqrt(np.bincount(row, values * values, minlength=counts.num_rows))
         values = (values / np.maximum(length, 1e-9)[row]).astype(np.float32)
         kept = np.bincount(row[known], minlength=counts.num_rows)
-        return Sparse(np.r_[0, np.cumsum(kept)], place[known], values[known])
+        return Sparse(np.r_[0, np.cumsum(kept)], places, values[known])

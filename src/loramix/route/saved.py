@@ -38,7 +38,7 @@ def save(router: GateRouter, folder: Path) -> None:
     try:
         (aside / FACTS).write_text(json.dumps(_facts(router), indent=1) + "\n", encoding="utf-8")
         np.savez_compressed(aside / ARRAYS, **_arrays(router))
-        texts = json.dumps(dict(router.examples), ensure_ascii=False).encode()
+        texts = json.dumps(dict(router.examples)).encode()
         (aside / EXAMPLES).write_bytes(gzip.compress(texts, mtime=0))
         aside.chmod(0o755)
         if folder.exists():
