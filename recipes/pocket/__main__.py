@@ -70,5 +70,5 @@ def everything(data: Data, pocket: Pocket = POCKET, work: Work = Path("build/poc
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     app()

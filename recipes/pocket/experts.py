@@ -16,18 +16,19 @@ from loramix.library import Library
 from loramix.train.config import Settings
 from loramix.train.data import Row, tokenise
 from loramix.train.loop import Progress, train
-from recipes.pocket.tasks import SOURCES, Task, load, renumbered
+from recipes.pocket.tasks import SOURCES, Task, load, renumbered, review_parts, thinned
 
 VALIDATION = 300  # rows taken from the end of a shuffle of the training rows, never the held-out
 COMMON = Settings(rank=32, rate=2e-3, batch_size=32, bf16=True, max_length=640)
 SETTINGS = {
-    "support": replace(COMMON, epochs=4),
-    "banking": replace(COMMON, epochs=8),
-    "sentiment": replace(COMMON, epochs=5),
-    "sql": replace(COMMON, epochs=5),
-    "math": replace(COMMON, epochs=4),
+    "support": replace(COMMON, epochs=3),
+    "banking": replace(COMMON, epochs=7),
+    "sentiment": replace(COMMON, epochs=2.5, rate=1e-3),
+    "sql": replace(COMMON, epochs=4),
+    "math": replace(COMMON, epochs=3),
 }
 RENUMBERED = 2  # copies of each word problem with other numbers, beside the original
+THINNED = 0.15  # share of the words left out in a second copy of each sentence on a film
 
 DESCRIPTIONS = {
     "support": (
@@ -59,7 +60,7 @@ def build(name: str, data: Path, pocket: Path) -> None:
     base = open_base(str(pocket / "base"), device="cpu")
     base = replace(base, id="pocket")
     task = load(name, data)
-    learned, validation = split(task)
+    learned, validation = split(task, data)
     settings = SETTINGS[name]
     print(f"{name}: {len(learned)} rows, {len(validation)} to validate, {settings}", flush=True)
     adapter = train(
@@ -74,12 +75,16 @@ def build(name: str, data: Path, pocket: Path) -> None:
     library.put(replace(adapter, pairs=pairs, digest=peft.digest(pairs)))
 
 
-def split(task: Task) -> tuple[list[Example], list[Example]]:
+def split(task: Task, data: Path) -> tuple[list[Example], list[Example]]:
+    """Rows to learn, with what is added to them, and rows to choose the best state by."""
     rows = random.Random(1).sample(task.train, len(task.train))
     learned, validation = rows[:-VALIDATION], rows[-VALIDATION:]
+    rng = random.Random(2)
     if task.name == "math":
-        rng = random.Random(2)
         learned += [renumbered(e, rng) for e in learned for _ in range(RENUMBERED)]
+    if task.name == "sentiment":
+        learned += [thinned(e, THINNED, rng) for e in learned]
+        learned += review_parts(task, data)
     return learned, validation
 
 

@@ -28,6 +28,8 @@ SOURCES = {
     "support": "Bitext customer-support intents (CDLA-Sharing 1.0), train and dev files",
 }
 
+POLARITY = ("negative", "positive")  # by label
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -79,10 +81,9 @@ def _support(data: Path) -> tuple[list[Example], list[Example]]:
 
 def _sentiment(data: Path) -> tuple[list[Example], list[Example]]:
     """The last 1,066 rows of a seed-0 shuffle of all sentences are held out."""
-    words = ("negative", "positive")
     found = list(rows(data / "sentiment/rotten_tomatoes_mr.jsonl.gz"))
     random.Random(0).shuffle(found)
-    examples = [Example.of(r["text"].strip(), words[r["label"]], "sentiment") for r in found]
+    examples = [Example.of(r["text"].strip(), POLARITY[r["label"]], "sentiment") for r in found]
     return examples[:-1066], examples[-1066:]
 
 
@@ -160,6 +161,31 @@ def renumbered(example: Example, rng: random.Random) -> Example:
     query = re.sub(r"(?<![\d.])\d+(?![\d.]*\d)", lambda m: swap.get(m[0], m[0]), example.query)
     answer = " ".join(swap.get(t, t) for t in example.answer.split())
     return Example.of(query, answer, example.adapter)
+
+
+def thinned(example: Example, share: float, rng: random.Random) -> Example:
+    """The same sentence with a share of its words left out: no single word may decide alone."""
+    words = example.query.split()
+    kept = [word for word in words if rng.random() >= share] or words
+    return Example.of(" ".join(kept), example.answer, example.adapter)
+
+
+def review_parts(task: Task, data: Path, lines: int = 2) -> list[Example]:
+    """Whole film reviews in parts of two sentences, each with the polarity of its review.
+
+    They teach which words praise and which do not. Parts that hold a held-out sentence are left
+    out.
+    """
+    heldout = [_words(e.query) for e in task.heldout]
+    parts = []
+    for row in rows(data / "sentiment/movie_reviews_2k_head1000.jsonl.gz"):
+        sentences = [text.strip() for text in row["text"].split("\n")[:-1] if len(text) > 20]
+        for start in range(0, len(sentences), lines):
+            part = " ".join(sentences[start : start + lines])
+            spoken = _words(part)
+            if not any(text in spoken for text in heldout):
+                parts.append(Example.of(part, POLARITY[row["label"]], task.name))
+    return parts
 
 
 def _plain(token: str) -> str:

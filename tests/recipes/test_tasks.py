@@ -1,4 +1,4 @@
-"""The tasks of pocket: equations as a reader writes them, and no held-out row among those learned."""
+"""The tasks of pocket: equations as a reader writes them; nothing held out is learned."""
 
 import random
 
