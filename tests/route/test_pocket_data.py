@@ -26,7 +26,8 @@ Split: TypeAlias = dict[str, tuple[list[str], list[str]]]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def tasks(data: Path) -> Split:
