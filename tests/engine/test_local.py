@@ -64,6 +64,23 @@ def test_in_bfloat16_a_mix_is_still_its_own(base):
     assert len({answer.tokens for answer in answers}) == len(MIXES)
 
 
+def test_an_adapter_takes_the_bases_precision_or_keeps_its_own():
+    base = tiny_base()
+    base.model.bfloat16()
+    adapter = random_adapter(base.model, "a", seed=3)
+    request = Request("a sentence", Mix.parse("a"))
+    with LocalEngine(base) as engine:
+        scores = []
+        for aligned in (True, False):
+            engine.add(adapter, aligned=aligned)
+            scores += engine.score([request], [" and its end"])
+            dtypes = {b.a.dtype for layer in engine._core.mixed.layers.values()
+                      for b in layer.bound.values()}  # fmt: skip
+            assert dtypes == {torch.bfloat16 if aligned else torch.float32}
+    assert scores[0] != scores[1]  # never from the other one's keys and values
+    assert scores[0] == pytest.approx(scores[1], rel=0.05)
+
+
 def test_a_conversation_goes_through_the_chat_template(engine, base):
     messages = (Message("user", "the cat"),)
     ids = base.tokenizer.apply_chat_template(

@@ -75,17 +75,17 @@ class Core:
         with contextlib.suppress(EngineError):  # closed: then it has failed already
             self.post(lambda: self.scheduler.drop(task))
 
-    def bind(self, adapter: Adapter, name: str) -> None:
+    def bind(self, adapter: Adapter, name: str, dtype: torch.dtype | None) -> None:
         """Make an adapter available to tasks under this name; wait until it is. Counts as a user.
 
-        Raises BaseMismatch.
+        It is held in `dtype`, or in its own precision. Raises BaseMismatch.
         """
         bound: Future[None] = Future()
 
         def take() -> None:
             try:
                 if not self._users[name]:
-                    self.mixed.bind(replace(adapter, name=name), self.model.dtype)
+                    self.mixed.bind(replace(adapter, name=name), dtype)
                 self._users[name] += 1
                 bound.set_result(None)
             except Exception as error:

@@ -105,13 +105,14 @@ class LocalEngine:
         with self._lock:
             return tuple(sorted(self._bound))
 
-    def add(self, adapter: Adapter) -> None:
+    def add(self, adapter: Adapter, *, aligned: bool = True) -> None:
         """Add an adapter, or replace the one of its name, for requests that come from now on.
 
-        Requests at work keep the content they began with. Raises BaseMismatch.
+        It takes the base's precision, or keeps its own if not `aligned` (a float32 adapter on a
+        bfloat16 base). Requests at work keep the content they began with. Raises BaseMismatch.
         """
-        bound = f"{adapter.name}@{adapter.digest}"
-        self._core.bind(adapter, bound)
+        bound = f"{adapter.name}@{adapter.digest}{'' if aligned else '@own'}"
+        self._core.bind(adapter, bound, self.base.dtype if aligned else None)
         with self._lock:
             replaced = self._bound.get(adapter.name)
             self._bound[adapter.name] = bound
