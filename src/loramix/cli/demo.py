@@ -18,12 +18,12 @@ from loramix.engine import Sampling
 from loramix.errors import BaseError
 from loramix.lm import POCKET, Conversation, Reply
 
-GREEDY = Sampling(temperature=0, max_tokens=64)
+GREEDY = Sampling(temperature=0, max_tokens=320)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One held-out row of the data pocket's experts were trained on; no adapter: of none."""
+    """One held-out row: the task it belongs to, "none" without a reference if to none of them."""
 
     task: str
     query: str
@@ -59,7 +59,8 @@ def _print(rows: list[Row], replies: list[Reply], seconds: float) -> None:
     )
     tokens = sum(reply.usage.completion_tokens for reply in replies)
     right = sum(r.text.strip() == row.reference for row, r in zip(rows, replies, strict=True))
+    known = sum(bool(row.reference) for row in rows)
     typer.echo(
-        f"{right} of {len(rows)} answers equal the reference; "
+        f"{right} of {known} answers equal their reference; "
         f"{tokens} tokens in one batch in {seconds:.1f} s."
     )
