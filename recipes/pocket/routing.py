@@ -11,8 +11,8 @@ from loramix.route.gate import GateRouter
 from loramix.route.ngrams import NgramEncoder
 from recipes.pocket.tasks import TASKS, load, rows, svamp
 
-ROWS = 2000  # of each task; more change nothing that held-out rows show
-KEEP = 0.96  # of an expert's own queries that must not fall to the base
+ROWS = 4000  # of each task, at most
+KEEP = 0.985  # of the queries of an expert that must not fall to the base
 
 
 def build(data: Path, pocket: Path) -> None:
@@ -27,15 +27,17 @@ def build(data: Path, pocket: Path) -> None:
 def queries(name: str, data: Path) -> list[str]:
     """Training questions of a task that may be stored in the package.
 
-    The router keeps its rows. Those of MAWPS may not be passed on, so math is learned from SVAMP's
-    training half and from GSM8K, which ask alike.
+    The router keeps its rows. Those of MAWPS may not be passed on, so math is learned from SVAMP
+    and filled up with GSM8K, which ask alike.
     """
+    rng = random.Random(3)
     found = [e.query for e in load(name, data).train if may_ship(e, data)]
+    found = rng.sample(found, min(ROWS, len(found)))
     if name == "math":
-        found += [
-            r["question"] for r in rows(data / "math/gsm8k.jsonl.gz") if r["split"] == "train"
-        ]
-    return random.Random(3).sample(found, min(ROWS, len(found)))
+        gsm8k = rows(data / "math/gsm8k.jsonl.gz")
+        more = [r["question"] for r in gsm8k if r["split"] == "train"]
+        found += rng.sample(more, ROWS - len(found))
+    return found
 
 
 def may_ship(example: Example, data: Path) -> bool:
