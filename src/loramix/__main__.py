@@ -1,7 +1,5 @@
 """`python -m loramix` is `loramix`."""
 
-import sys
+from loramix.cli import run
 
-from loramix.cli import main
-
-sys.exit(main())
+run()

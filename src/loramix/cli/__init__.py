@@ -7,9 +7,10 @@ written then. Torch is loaded by the commands that open a model, not by `--help`
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -21,7 +22,6 @@ from loramix.cli.flags import flags
 from loramix.errors import LoramixError
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -67,6 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Abort:
         return 130
     return status if isinstance(status, int) else 0
+
+
+def run() -> NoReturn:
+    """The program: `main`, then leave at once.
+
+    Taking torch's and transformers' million objects apart one by one would take another half
+    second of every answer; there is nothing left in them to be saved.
+    """
+    status = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # whoever read along has left
+        status = 1
+    os._exit(status)
 
 
 def _fail(message: str, status: int = 1) -> int:
