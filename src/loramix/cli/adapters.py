@@ -46,7 +46,7 @@ def list_(library: Folder = None, as_json: Json = False) -> None:
                 print_json(asdict(card))
         return
     rows = [
-        (card.name, card.base, _scores(card), card.description, str(shelf.folder))
+        (card.name, card.base, _scores(card), card.description, _place(shelf))
         for shelf in shelves
         for card in shelf.cards()
     ]
@@ -219,6 +219,10 @@ def _proof(name: str, base: str, found: Check) -> str:
         f"|dW| / |W|            {found.norm:.4g}, largest {norm:.4g} in {layer}\n"
         f"KL(base || adapted)   {found.mean_kl:.4g} nats a token, largest {found.max_kl:.4g}"
     )
+
+
+def _place(shelf: Library) -> str:
+    return "pocket" if shelf.folder == POCKET_LIBRARY else str(shelf.folder)
 
 
 def _scores(card: Card) -> str:

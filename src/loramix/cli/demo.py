@@ -53,7 +53,7 @@ def _print(rows: list[Row], replies: list[Reply], seconds: float) -> None:
     print_table(
         ("query", "mix", "answer", "reference"),
         [
-            (row.query, str(reply.mix), reply.text.strip(), row.reference)
+            (row.query, str(reply.mix), _clipped(reply.text), row.reference)
             for row, reply in zip(rows, replies, strict=True)
         ],
     )
@@ -64,3 +64,9 @@ def _print(rows: list[Row], replies: list[Reply], seconds: float) -> None:
         f"{right} of {known} answers equal their reference; "
         f"{tokens} tokens in one batch in {seconds:.1f} s."
     )
+
+
+def _clipped(text: str, width: int = 200) -> str:
+    """The bare base goes on and on; the table shows how it begins."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 4] + " ..."
