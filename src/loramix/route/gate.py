@@ -172,13 +172,25 @@ class GateRouter:
         log_probs = evidence.log_probs[0, :-1]
         winner = int(log_probs.argmax())
         score, threshold = float(self.abstain.scores(evidence)[0]), self.abstain.thresholds[winner]
-        reasons = self._reasons(query, winner, cosines[0])
-        if score < threshold:
-            name = self.adapters[winner]
-            verdict = f"base: in-scope score {score:.2f} is below {threshold:.2f} of {name}"
-            return Mix(), self._probabilities(evidence)[0], (verdict, *reasons)
-        mix = to_mix(log_probs.tolist(), self.adapters, top=self.top, temperature=MIX_TEMPERATURE)
+        fits = score >= threshold
+        reasons = (
+            self._verdict(score, threshold, winner, fits),
+            *self._reasons(query, winner, cosines[0]),
+        )
+        mix = Mix()
+        if fits:
+            scores = log_probs.tolist()
+            mix = to_mix(scores, self.adapters, top=self.top, temperature=MIX_TEMPERATURE)
         return mix, self._probabilities(evidence)[0], reasons
+
+    def _verdict(self, score: float, threshold: float, winner: int, fits: bool) -> str:
+        """Why the base or not: the in-scope score, in log-odds, against the winner's threshold."""
+        name = self.adapters[winner]
+        choice, verb = (name, "reaches") if fits else ("base", "is below")
+        return (
+            f"{choice}: in-scope score {score:.2f} {verb} {threshold:.2f}, "
+            f"the least of {self.keep:.1%} of {name}'s own queries"
+        )
 
     def _probabilities(self, evidence: Evidence) -> Floats:
         """[N, K + 1]: of each adapter, and last of none; they sum to one."""
