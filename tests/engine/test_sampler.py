@@ -1,5 +1,7 @@
 """Sampling draws from the distribution that its settings describe."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from transformers import (
 
 from loramix.engine import Sampling
 from loramix.engine.sampler import Sampler, end_tokens
+from loramix.errors import BadRequest
 
 GREEDY = GenerationConfig()
 LOGITS = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 3
@@ -75,3 +78,24 @@ def test_what_is_left_open_comes_from_the_model(sampling, config, expected):
 @pytest.mark.parametrize(("eos", "expected"), [(None, set()), (2, {2}), ([2, 5], {2, 5})])
 def test_end_tokens_are_the_models_own(eos, expected):
     assert end_tokens(GenerationConfig(eos_token_id=eos)) == expected
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"temperature": value} for value in (-0.1, 101, math.nan)),
+        *({"top_p": value} for value in (0, 1.1, math.nan)),
+        *({"top_k": value} for value in (0, 2.5, True)),
+        *({"max_tokens": value} for value in (0, 1.5, math.nan, math.inf, None)),
+        *({"seed": value} for value in (1.5, 1 << 63, -(1 << 64))),
+        {"stop": "text"},
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(wrong):
+    with pytest.raises(BadRequest, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_the_coldest_temperature_is_greedy():
+    cold = Sampler(Sampling(temperature=1e-40, seed=0), GREEDY)
+    assert cold.pick(LOGITS) == int(LOGITS.argmax())

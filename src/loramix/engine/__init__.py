@@ -32,10 +32,14 @@ class Sampling:
             raise BadRequest(f"temperature is {self.temperature}; expected 0 (greedy) to 100.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise BadRequest(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
-        if self.top_k is not None and self.top_k < 1:
-            raise BadRequest(f"top_k is {self.top_k}; expected at least 1.")
-        if self.max_tokens < 1:
-            raise BadRequest(f"max_tokens is {self.max_tokens}; expected at least 1.")
+        counts = {"top_k": 1 if self.top_k is None else self.top_k, "max_tokens": self.max_tokens}
+        for name, value in counts.items():
+            if type(value) is not int or value < 1:
+                raise BadRequest(f"{name} is {value}; expected a whole number, at least 1.")
+        if self.seed is not None and (type(self.seed) is not int or abs(self.seed) >= 1 << 63):
+            raise BadRequest(f"seed is {self.seed}; expected a whole number of 64 bits.")
+        if isinstance(self.stop, str):
+            raise BadRequest("stop is one text; expected a tuple of texts.")
         if any(not text for text in self.stop):
             raise BadRequest("A stop string is empty; it would stop everything.")
 

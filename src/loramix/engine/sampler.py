@@ -42,7 +42,7 @@ class Sampler:
         Top-p keeps the fewest tokens that hold at least that much probability together.
         """
         assert self.temperature
-        scaled = logits / self.temperature
+        scaled = (logits - logits.max()) / self.temperature  # the best stays 0, however cold
         if 0 < self.top_k < len(scaled):
             scaled = scaled.masked_fill(scaled < scaled.topk(self.top_k).values[-1], -torch.inf)
         probabilities = scaled.softmax(-1)
