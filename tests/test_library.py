@@ -99,10 +99,10 @@ def test_no_name_leaves_the_library(library, name, tmp_path):
     assert (tmp_path / "sql").is_dir()
 
 
-@pytest.mark.parametrize("name", ["llama", "tiny-llama"])
-def test_an_adapter_is_not_called_like_its_base(library, name, tmp_path):
+@pytest.mark.parametrize("name", ["llama", "tiny-llama", "pocket"])
+def test_an_adapter_is_not_called_like_a_base(library, name, tmp_path):
     before = snapshot(library)
-    with pytest.raises(AdapterError, match=f"{name!r} is the name of its base"):
+    with pytest.raises(AdapterError, match=f"{name!r} is the name of a base"):
         library.add(tmp_path / "sql", name=name)
     assert snapshot(library) == before
 

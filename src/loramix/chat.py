@@ -51,8 +51,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
         raise BadRequest("A conversation needs at least one message; got none.")
     if not tokenizer.chat_template:
         return list(tokenizer("\n\n".join(m.content for m in messages))["input_ids"])
+    from jinja2 import TemplateError
+
     turns = [{"role": m.role, "content": m.content} for m in messages]
-    rendered: Any = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_dict=True
-    )
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=True
+        )
+    except TemplateError as error:  # how a template refuses a system turn or an order of turns
+        raise BadRequest(
+            f"The base's chat template refuses these messages ({error}); reorder or drop some."
+        ) from error
     return list(rendered["input_ids"])

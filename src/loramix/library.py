@@ -176,7 +176,7 @@ def check(adapter: Adapter, base: Base) -> Check:
     """
     from loramix.mixed import MixedModel
 
-    _check_fingerprint(adapter, base)
+    check_fingerprint(adapter, base)
     mixed = MixedModel(base.model)
     try:
         mixed.bind(adapter, base.dtype)
@@ -234,7 +234,8 @@ def _norms(pair: Pair, weight: Tensor) -> tuple[float, float]:
     return pair.delta(weight).norm().item(), weight.norm().item()
 
 
-def _check_fingerprint(adapter: Adapter, base: Base) -> None:
+def check_fingerprint(adapter: Adapter, base: Base) -> None:
+    """BaseMismatch if the card says that the adapter was trained on other weights."""
     wanted = adapter.card.base_fingerprint
     if wanted and wanted != base.fingerprint:
         raise BaseMismatch(
@@ -244,7 +245,8 @@ def _check_fingerprint(adapter: Adapter, base: Base) -> None:
 
 
 def _refuse_base_name(name: str, base: str) -> None:
-    if base and name in (base.lower(), slug(base), slug(base.rpartition("/")[2])):
+    taken = {base.lower(), slug(base), slug(base.rpartition("/")[2])} if base else set()
+    if name in taken | {"pocket"}:
         raise AdapterError(
-            f"{name!r} is the name of its base, which clients call by that name; give another name."
+            f"{name!r} is the name of a base, which clients call by that name; give another name."
         )

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,12 @@ def test_a_conversation_goes_through_the_chat_template(engine, base):
     )["input_ids"]
     chat, raw = engine.generate([greedy(messages), greedy(tuple(ids))])
     assert (chat.text, chat.num_prompt_tokens) == (raw.text, len(ids))
+
+
+def test_what_a_chat_template_refuses_is_a_bad_request(engine, base):
+    base.tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(BadRequest, match="no system turns"):
+        engine.generate([greedy((Message("system", "be brief"), Message("user", "hi")))])
 
 
 def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(engine):
@@ -295,7 +302,7 @@ def test_adding_the_same_content_again_keeps_the_cache(engine, base):
 
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_changes(engine):
     stranger = random_adapter(tiny_model("gpt2"), "stranger")
-    with pytest.raises(BaseMismatch):
+    with pytest.raises(BaseMismatch, match="'stranger'"):
         engine.add(stranger)
     assert engine.adapters == ("a", "b")
     assert engine.generate([greedy("the")])[0].text
@@ -303,6 +310,15 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_changes(engine):
         engine.remove("stranger")
     with pytest.raises(BaseMismatch):
         LocalEngine(tiny_base(), [stranger])
+
+
+def test_an_adapter_trained_on_other_weights_is_refused(engine, base):
+    adapter = random_adapter(base.model, "c")
+    card = replace(adapter.card, base="other", base_fingerprint="0" * 16)
+    with pytest.raises(BaseMismatch, match="trained on other with fingerprint 0000"):
+        engine.add(replace(adapter, card=card))
+    engine.add(replace(adapter, card=replace(card, base_fingerprint=base.fingerprint)))
+    assert engine.adapters == ("a", "b", "c")
 
 
 def test_a_crash_in_a_step_fails_its_requests_and_the_engine_goes_on(engine, base):

@@ -22,7 +22,7 @@ from loramix.adapter import Adapter
 from loramix.engine.attention import StepCache, configs, packed
 from loramix.engine.scheduler import Batch, Scheduler, Task, step_failed
 from loramix.errors import EngineError
-from loramix.mixed import MixedModel
+from loramix.mixed import MixedModel, check_fit, linear_shapes
 
 CLOSED = "The engine is closed; open a new one."
 
@@ -84,6 +84,7 @@ class Core:
 
         def take() -> None:
             try:
+                check_fit(adapter, linear_shapes(self.model))  # an error says its own name
                 if not self._users[name]:
                     self.mixed.bind(replace(adapter, name=name), dtype)
                 self._users[name] += 1

@@ -27,6 +27,7 @@ from loramix.engine.sampler import Sampler, end_tokens
 from loramix.engine.scheduler import Reader, Scheduler, Task
 from loramix.engine.text import Detokenizer, StopStrings
 from loramix.errors import BadRequest, Busy, LoramixError, TooLong, UnknownAdapter
+from loramix.library import check_fingerprint
 from loramix.mix import Mix
 
 MIB = 1 << 20
@@ -111,6 +112,7 @@ class LocalEngine:
         It takes the base's precision, or keeps its own if not `aligned` (a float32 adapter on a
         bfloat16 base). Requests at work keep the content they began with. Raises BaseMismatch.
         """
+        check_fingerprint(adapter, self.base)
         bound = f"{adapter.name}@{adapter.digest}{'' if aligned else '@own'}"
         self._core.bind(adapter, bound, self.base.dtype if aligned else None)
         with self._lock:
