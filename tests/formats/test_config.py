@@ -129,3 +129,12 @@ def test_mlx_alpha_counts_only_where_it_is_sure_to_mean_nothing():
     )
     with pytest.raises(FormatError, match="set the scale and delete alpha"):
         interpret({"lora_parameters": inner, "lora_layers": 4}, "x")
+
+
+@pytest.mark.parametrize("pattern", ["(layers|h)", "layers|h"])
+def test_a_pattern_of_layers_may_have_groups_and_choices(pattern):
+    fields = {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": pattern}
+    settings = interpret(CONFIG | fields, "x")
+    assert settings.targeted("model.layers.1.q")
+    assert settings.targeted("model.h.1.q")
+    assert not settings.targeted("model.layers.0.q")

@@ -232,6 +232,13 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "taken"]
 
 
+def test_layers_may_share_a_tensor(tmp_path):
+    a, b = torch.randn(2, 4), torch.randn(4, 2)
+    pairs = {name: Pair(a, b) for name in ("l.q", "l.k")}
+    peft.write(Adapter("x", pairs, peft.digest(pairs), Card("x")), tmp_path / "x")
+    assert peft.read(tmp_path / "x").digest == peft.digest(pairs)
+
+
 def test_a_pickle_runs_nothing(tmp_path):
     class Bomb:
         def __reduce__(self):

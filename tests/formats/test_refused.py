@@ -153,6 +153,11 @@ CONFIG_FILES = {  # text in place of adapter_config.json
     "a list": ("[]", "holds a JSON list; expected an object"),
     "a number": ("3", "holds a JSON int"),
     "deep nesting": ("[" * 100_000, "is not JSON"),
+    "a number of 5,000 digits": ('{"lora_alpha": ' + "1" * 5000 + "}", "is not JSON"),
+    "a number of 400 digits": (
+        '{"peft_type": "LORA", "lora_alpha": ' + "1" * 400 + "}",
+        "a number that a float can hold",
+    ),
     "an empty object": ("{}", "neither a PEFT nor an MLX config"),
     "a model's config": ('{"model_type": "llama", "hidden_size": 8}', "neither a PEFT nor an MLX"),
     "AdapterHub": (

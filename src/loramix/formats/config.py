@@ -120,8 +120,8 @@ class Settings:
     def _number(self, layer: str) -> int | None:
         """The layer's number: after one of the patterns, else the first number in its name."""
         for pattern in self.layers_pattern or (r"[^.]*",):
-            if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", layer):
-                return int(found.group(1))
+            if found := re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\.", layer):
+                return int(found["number"])
         return None
 
 
@@ -139,7 +139,7 @@ def load_config(file: Path) -> dict[str, Any]:
         raise FormatError(f"{file} is a git-LFS pointer, not the file; run `git lfs pull` there.")
     try:
         config = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         raise FormatError(f"{file} is not JSON ({error}); fetch it again.") from error
     if not isinstance(config, dict):
         raise FormatError(f"{file} holds a JSON {type(config).__name__}; expected an object.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -87,6 +88,8 @@ class Fields:
     def _number(self, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self._bad(key, "a number")
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            self._bad(key, "a number that a float can hold")
         return float(value) if math.isfinite(value) else self._bad(key, "a finite number")
 
     def _bad(self, key: str, expected: str) -> NoReturn:

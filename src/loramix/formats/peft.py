@@ -77,7 +77,8 @@ def write(adapter: Adapter, folder: str | Path, *, dtype: torch.dtype | None = N
     for layer, pair in adapter.pairs.items():
         for part, tensor in _parts(pair if dtype is None else pair.to(dtype)):
             key = "lora_magnitude_vector" if part == "magnitude" else f"lora_{part.upper()}.weight"
-            tensors[f"base_model.model.{layer}.{key}"] = tensor.detach().cpu().contiguous()
+            own = tensor.detach().cpu().clone()  # layers may share a tensor, a file may not
+            tensors[f"base_model.model.{layer}.{key}"] = own.contiguous()
     with aside(Path(folder)) as place:
         place.mkdir()
         save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
