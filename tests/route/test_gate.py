@@ -179,6 +179,7 @@ def test_the_share_kept_follows_the_target() -> None:
         ({"a": ["hello"]}, {"keep": 0.0}, "keep is a share"),
         ({"a": ["hello"]}, {"keep": 1.0}, "keep is a share"),
         ({"a": ["hello"]}, {"top": 0}, "at least 1"),
+        ({"a": ["hello"]}, {"foreign": ["", "..."]}, "No foreign query"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(

@@ -103,6 +103,28 @@ def test_damage_is_an_error_of_one_line(folder: Path, name: str, damage: str) ->
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("name", [saved.ARRAYS, saved.EXAMPLES])
+def test_a_flipped_byte_is_an_error_of_one_line(folder: Path, name: str, place: float) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[int(place * len(data))] ^= 0xFF
+    (folder / name).write_bytes(data)
+    with pytest.raises(RouteError, match="damaged"):
+        GateRouter.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"adapters": ["baking"]}, {"temperature": None}, {"top": "two"}, {"abstain": []}]
+)
+def test_facts_that_do_not_fit_the_arrays_are_damage(
+    folder: Path, change: dict[str, object]
+) -> None:
+    facts = json.loads((folder / saved.FACTS).read_text())
+    (folder / saved.FACTS).write_text(json.dumps({**facts, **change}))
+    with pytest.raises(RouteError, match="damaged"):
+        GateRouter.load(folder)
+
+
 def test_another_format_is_refused(folder: Path) -> None:
     facts = json.loads((folder / saved.FACTS).read_text())
     (folder / saved.FACTS).write_text(json.dumps({**facts, "format": 99}))

@@ -98,7 +98,7 @@ def collect(
 ) -> Rows:
     """Number the examples. `known` has the vectors of texts that were embedded before.
 
-    Raises RouteError for an adapter without a usable example.
+    Raises RouteError for an adapter, or a background, without a usable example.
     """
     if not examples:
         raise RouteError("A router needs the examples of one adapter at least; got none.")
@@ -108,6 +108,8 @@ def collect(
         if not group:
             raise RouteError(f"No example of {name!r} has a word in it; give one query at least.")
     groups.append(clean(background))
+    if not groups[-1]:
+        raise RouteError("No foreign query has a word in it; leave them out for the packaged ones.")
     texts = tuple(text for group in groups for text in group)
     labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     return Rows(adapters, texts, labels, _read_known(texts, ngrams, encoder, known or {}))

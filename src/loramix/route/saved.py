@@ -11,6 +11,7 @@ import math
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from loramix.route.ngrams import Floats, NgramEncoder, Sparse, Vocabulary
 from loramix.route.softmax import Softmax
 
 FORMAT = 1
+DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 FACTS, ARRAYS, EXAMPLES = "router.json", "arrays.npz", "examples.json.gz"
 
 
@@ -62,7 +64,7 @@ def load(folder: Path, encoder: Encoder | None) -> GateRouter:
             arrays = {name: found[name] for name in found.files}
         examples = json.loads(gzip.decompress((folder / EXAMPLES).read_bytes()))
         return _router(facts, arrays, examples, chosen)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (*DAMAGE, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).split("\n")[0][:120] or type(error).__name__
         raise RouteError(f"The router in {folder} is damaged ({reason}); fit it again.") from error
 
@@ -128,12 +130,12 @@ def _router(
         adapters=adapters,
         examples=texts,
         vectors=vectors,
-        gate=Gate(vocabulary, ngrams, dense, facts["share"], facts["temperature"]),
+        gate=Gate(vocabulary, ngrams, dense, float(facts["share"]), float(facts["temperature"])),
         neighbours=_neighbours(arrays, adapters, texts, vectors),
         abstain=_abstain(facts["abstain"]),
         ngrams=NgramEncoder(facts["bits"]),
         encoder=encoder,
-        top=facts["top"],
+        top=int(facts["top"]),
     )
 
 
