@@ -41,6 +41,7 @@ def test_without_a_chat_template_the_answer_follows_the_text_and_ends():
         (Example.of("q", "  "), None, "empty answer"),
         (Example.of("q", "a" * 99), None, "max_length"),
         (Example.of("q", "a"), "{{ messages | length }}", "changes the prompt"),
+        (Example.of("", "a"), "{% for m in messages %}{{ m.content }}{% endfor %}", "empty prompt"),
     ],
 )
 def test_a_row_that_would_teach_something_else_is_refused(example, template, expected):

@@ -10,6 +10,7 @@ import torch
 from loramix.adapter import Adapter, Card
 from loramix.chat import Example
 from loramix.errors import TrainError
+from loramix.formats import peft
 from loramix.lora import Pair
 from loramix.mixed import MixedModel, linear_shapes
 from loramix.train.config import Settings
@@ -34,6 +35,7 @@ def test_an_expert_learns_its_rows_and_the_base_is_given_back():
     after = base.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert expert.digest == peft.digest(expert.pairs)
     mixed = MixedModel(base.model)
     mixed.bind(expert)
     served = validation_loss(mixed, "colours", rows, SETTINGS)
@@ -110,9 +112,19 @@ def test_a_fresh_expert_is_the_base():
     assert isinstance(pairs["layer"], Pair)
 
 
+def test_pairs_lie_where_the_base_does_so_that_layers_learn_them_and_no_copy():
+    pair = new_pairs({"layer": (5, 7)}, 2, "meta")["layer"]
+    assert (pair.a.device.type, pair.b.device.type) == ("meta", "meta")
+    assert pair.a.is_leaf
+    assert pair.b.is_leaf
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"rank": 0}, {"rate": -1}, {"epochs": 0}, {"batch_size": 0}, {"dropout": 1.0}, {"warmup": -1}],
+    [
+        *({"rank": 0}, {"rate": -1}, {"epochs": 0}, {"epochs": math.nan}, {"batch_size": 0}),
+        *({"dropout": 1.0}, {"warmup": -1}, {"alpha": 0}, {"alpha": -8}, {"weight_decay": -1}),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(TrainError, match=next(iter(wrong))):
@@ -132,6 +144,6 @@ def test_nothing_to_learn_is_refused():
 
 def test_a_loss_that_is_no_number_is_refused():
     base = tiny_base()
-    wild = dataclasses.replace(SETTINGS, rate=math.inf)
+    wild = dataclasses.replace(SETTINGS, rate=1e38)
     with pytest.raises(TrainError, match="lower the rate"):
         train(base, Card("x"), rows_of(base), rows_of(base), wild)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from loramix.errors import TrainError
@@ -31,8 +32,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("rank", "rate", "epochs", "batch_size", "max_norm", "max_length"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise TrainError(f"{name} is {getattr(self, name)}; expected more than 0.")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise TrainError(f"alpha is {self.alpha}; expected more than 0.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise TrainError(f"weight_decay is {self.weight_decay}; expected at least 0.")
         for name in ("warmup", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise TrainError(f"{name} is {getattr(self, name)}; expected 0 to below 1.")

@@ -61,6 +61,8 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: i
             f"The row {_start(example)} has an empty answer; there is nothing to learn."
         )
     prompt = prompt_ids(tokenizer, example.messages[:-1])
+    if not prompt:
+        raise TrainError(f"The row with the answer {example.answer!r} has an empty prompt.")
     whole = _whole(tokenizer, example, prompt)
     if whole[: len(prompt)] != prompt:
         raise TrainError(

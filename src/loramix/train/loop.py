@@ -18,6 +18,7 @@ from torch import Tensor
 from loramix.adapter import Adapter, Card
 from loramix.base import Base
 from loramix.errors import TrainError
+from loramix.formats.peft import digest
 from loramix.lora import Pair
 from loramix.mixed import Gates, MixedModel, linear_shapes
 from loramix.train.config import Settings
@@ -54,27 +55,31 @@ def train(
         raise TrainError(f"{len(rows)} rows to train, {len(validation)} to validate; need both.")
     torch.manual_seed(settings.seed)
     mixed = MixedModel(base.model)
-    pairs = new_pairs(linear_shapes(base.model), settings.rank)
+    pairs = new_pairs(linear_shapes(base.model), settings.rank, base.device)
     mixed.bind(Adapter(card.name, pairs, "in training", card))
     try:
         best = _fit(mixed, card.name, pairs, rows, validation, settings, report)
     finally:
         mixed.release()
-    return Adapter(card.name, best, "", card)
+    return Adapter(card.name, best, digest(best), card)
 
 
-def new_pairs(shapes: dict[str, tuple[int, int]], rank: int) -> dict[str, Pair]:
+def new_pairs(
+    shapes: dict[str, tuple[int, int]], rank: int, device: torch.device | str = "cpu"
+) -> dict[str, Pair]:
     """Fresh pairs for all linear layers but the output layer: a Kaiming-uniform, b zero.
 
-    The initialisation of LoRA (https://arxiv.org/abs/2106.09685, as in its reference code).
+    The initialisation of LoRA (https://arxiv.org/abs/2106.09685, as in its reference code). They
+    must lie where the base does: a layer would learn through a copy of pairs from elsewhere.
     """
     pairs = {}
     for name, (out, into) in shapes.items():
         if name.rpartition(".")[2] in ("lm_head", "embed_out"):
             continue
         bound = 1 / math.sqrt(into)
-        a = torch.empty(rank, into).uniform_(-bound, bound).requires_grad_()
-        pairs[name] = Pair(a, torch.zeros(out, rank, requires_grad=True))
+        a = torch.empty(rank, into).uniform_(-bound, bound).to(device)
+        b = torch.zeros(out, rank, device=device)
+        pairs[name] = Pair(a.requires_grad_(), b.requires_grad_())
     return pairs
 
 
