@@ -23,7 +23,7 @@ def lm():
 
 
 def demo_rows():
-    lines = (POCKET / "queries.jsonl").read_text("utf-8").splitlines()
+    lines = (POCKET / "queries.jsonl").read_text("utf-8").rstrip("\n").split("\n")
     return [json.loads(line) for line in lines]
 
 
@@ -43,7 +43,7 @@ def test_the_base_is_small_and_every_expert_was_trained_on_it():
         assert adapter.rank <= 32
         assert adapter.card.base_fingerprint == base.fingerprint
         assert adapter.card.scores
-        assert check(adapter, base).changed
+        assert check(adapter, base).mean_kl > 0.01
 
 
 def test_a_dozen_real_queries_get_their_experts_answers(lm):

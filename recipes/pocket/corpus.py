@@ -1,6 +1,7 @@
 """What the base reads: public-domain English, and the raw text of the tasks' training rows.
 
-No held-out row is in it. Labels are not in it either: questions stand alone, SQL stands alone.
+No held-out row is in it, from whichever source it comes. Labels are not in it either: questions
+stand alone, SQL stands alone.
 Two kinds of documents teach what plain text does not: a page of a book as a chat turn answered by
 the next page (so the base knows its chat template), and sentences said twice (so it can copy).
 """
@@ -12,7 +13,7 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from recipes.pocket.tasks import TASKS, load, rows
+from recipes.pocket.tasks import TASKS, load, plain, rows
 
 BOOK_PAGE = 1600  # characters of a document cut from a book
 BOOK_SHARE = 0.4  # of the pages, so that two cores read everything within the hour
@@ -69,13 +70,18 @@ def _book_document(page: str, rng: random.Random) -> str:
 
 
 def _film(data: Path) -> list[str]:
-    seen = [e.query for e in load("sentiment", data).train]
-    return seen + [r["text"].strip() for r in rows(data / "sentiment/subjectivity.jsonl.gz")]
+    """Sentences on films. The two collections share sentences: what one holds out, both leave."""
+    task = load("sentiment", data)
+    heldout = {plain(e.query) for e in task.heldout}
+    more = [r["text"].strip() for r in rows(data / "sentiment/subjectivity.jsonl.gz")]
+    return [e.query for e in task.train] + [t for t in more if plain(t) not in heldout]
 
 
 def _reviews(data: Path) -> list[str]:
     found = rows(data / "sentiment/movie_reviews_2k_head1000.jsonl.gz")
-    return [" ".join(r["text"].split()) for r in found]
+    heldout = [plain(e.query) for e in load("sentiment", data).heldout]
+    texts = [" ".join(r["text"].split()) for r in found]
+    return [text for text in texts if not any(held in plain(text) for held in heldout)]
 
 
 def _questions(data: Path) -> list[str]:

@@ -27,8 +27,8 @@ def build(data: Path, pocket: Path) -> None:
 def queries(name: str, data: Path) -> list[str]:
     """Training questions of a task that may be stored in the package.
 
-    The router keeps its rows. Those of MAWPS may not be passed on, so math is learned from SVAMP
-    and filled up with GSM8K, which ask alike.
+    The router keeps its rows, and pocket passes on no text of MAWPS: for math it learns from SVAMP,
+    filled up with GSM8K, which ask alike.
     """
     rng = random.Random(3)
     found = [e.query for e in load(name, data).train if may_ship(e, data)]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,13 @@ class Task:
 
 def load(name: str, data: Path) -> Task:
     train, heldout = LOADERS[name](data)
-    unseen = {_words(e.query) for e in heldout}
-    kept = [e for e in train if _words(e.query) not in unseen]
+    unseen = {plain(e.query) for e in heldout}
+    kept = [e for e in train if plain(e.query) not in unseen]
     return Task(name, tuple(kept), tuple(heldout))
 
 
-def is_seen(example: Example, train: Iterable[Example]) -> bool:
-    """Whether a training row asks the same, digits and case aside."""
-    return shape(example.query) in {shape(e.query) for e in train}
-
-
 def shape(text: str) -> str:
-    return re.sub(r"\d+", "0", _words(text))
+    return re.sub(r"\d+", "0", plain(text))
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -59,7 +54,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from (json.loads(line) for line in lines)
 
 
-def _words(text: str) -> str:
+def plain(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
 
@@ -176,13 +171,13 @@ def review_parts(task: Task, data: Path, lines: int = 2) -> list[Example]:
     They teach which words praise and which do not. Parts that hold a held-out sentence are left
     out.
     """
-    heldout = [_words(e.query) for e in task.heldout]
+    heldout = [plain(e.query) for e in task.heldout]
     parts = []
     for row in rows(data / "sentiment/movie_reviews_2k_head1000.jsonl.gz"):
         sentences = [text.strip() for text in row["text"].split("\n")[:-1] if len(text) > 20]
         for start in range(0, len(sentences), lines):
             part = " ".join(sentences[start : start + lines])
-            spoken = _words(part)
+            spoken = plain(part)
             if not any(text in spoken for text in heldout):
                 parts.append(Example.of(part, POLARITY[row["label"]], task.name))
     return parts

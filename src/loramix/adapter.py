@@ -46,7 +46,3 @@ class Adapter:
     def rank(self) -> int:
         """The largest rank of its pairs."""
         return max(pair.rank for pair in self.pairs.values())
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(pair.a.numel() + pair.b.numel() for pair in self.pairs.values())

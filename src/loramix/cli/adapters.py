@@ -40,6 +40,9 @@ router = typer.Typer(help="Fit the router of a library.")
 def list_(library: Folder = None, as_json: Json = False) -> None:
     """List the adapters by name, with what they are for."""
     shelves = _shelves(library)
+    for shelf in shelves:
+        for problem in shelf.damaged().values():
+            typer.echo(f"Damaged: {problem}", err=True)
     if as_json:
         for shelf in shelves:
             for card in shelf.cards():
@@ -57,7 +60,7 @@ def list_(library: Folder = None, as_json: Json = False) -> None:
 def show(name: Name, library: Folder = None, as_json: Json = False) -> None:
     """Show an adapter's card."""
     shelf = _holder(name, library)
-    card = next(card for card in shelf.cards() if card.name == name)
+    card = shelf.card(name)
     if as_json:
         print_json(asdict(card))
         return

@@ -46,7 +46,7 @@ def read_rows(path: Path) -> list[Row]:
     """The bundled queries; BaseError if the package was built without them."""
     if not path.is_file():
         raise BaseError(f"{path} is missing; build pocket with recipes/pocket, or reinstall.")
-    return [Row(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+    return [Row(**json.loads(line)) for line in path.read_text("utf-8").rstrip("\n").split("\n")]
 
 
 def _print(rows: list[Row], replies: list[Reply], seconds: float) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from loramix.errors import RouteError
+from loramix.formats.aside import aside
 from loramix.route.abstain import Abstain
 from loramix.route.blend import Gate
 from loramix.route.encode import MINILM_PACKAGE, MINILM_SHA256, Encoder, MiniLmEncoder
@@ -33,25 +32,13 @@ FACTS, ARRAYS, EXAMPLES = "router.json", "arrays.npz", "examples.json.gz"
 
 
 def save(router: GateRouter, folder: Path) -> None:
-    """Write beside the target, then rename: a crash leaves the old router or the new one."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        (aside / FACTS).write_text(json.dumps(_facts(router), indent=1) + "\n", encoding="utf-8")
-        np.savez_compressed(aside / ARRAYS, **_arrays(router))
+    """Replace what is at `folder`; a failure leaves what was there. Raises AdapterError."""
+    with aside(Path(folder), replace=True) as place:
+        place.mkdir()
+        (place / FACTS).write_text(json.dumps(_facts(router), indent=1) + "\n", encoding="utf-8")
+        np.savez_compressed(place / ARRAYS, **_arrays(router))
         texts = json.dumps(dict(router.examples)).encode()
-        (aside / EXAMPLES).write_bytes(gzip.compress(texts, mtime=0))
-        aside.chmod(0o755)
-        if folder.exists():
-            folder.rename(aside / "old")
-        aside.rename(folder)
-    except BaseException:
-        if (aside / "old").exists() and not folder.exists():
-            (aside / "old").rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(folder / "old", ignore_errors=True)
+        (place / EXAMPLES).write_bytes(gzip.compress(texts, mtime=0))
 
 
 def load(folder: Path, encoder: Encoder | None) -> GateRouter:
