@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -14,9 +15,10 @@ from loramix.chat import Example, Message
 from loramix.engine import Request, Sampling
 from loramix.engine.local import LocalEngine
 from loramix.mix import Mix
-from recipes.pocket.tasks import Task, shape
+from recipes.pocket.tasks import Task, plain, rows, shape
 
 MAX_TOKENS = {"support": 24, "banking": 32, "sentiment": 8, "sql": 480, "math": 48}
+CLASSES = 100  # answers that the TF-IDF baseline chooses among
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +58,32 @@ def count(found: Sequence[str], examples: Sequence[Example]) -> Score:
     return Score(sum(text == example.answer for text, example in pairs), len(examples))
 
 
-def unseen(task: Task) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def unseen(task: Task) -> list[bool]:
     """Which held-out rows ask what no training row asks, digits and case aside. [n]"""
     seen = {shape(example.query) for example in task.train}
-    return np.array([shape(example.query) not in seen for example in task.heldout])
+    return [shape(example.query) not in seen for example in task.heldout]
+
+
+def unread(task: Task, data: Path) -> list[bool]:
+    """Which held-out rows stand in no other collection that the base's corpus draws from. [n]"""
+    texts = [r["text"] for r in rows(data / "sentiment/subjectivity.jsonl.gz")]
+    texts += [r["text"] for r in rows(data / "sentiment/movie_reviews_2k_head1000.jsonl.gz")]
+    texts += [r["question"] for r in rows(data / "math/gsm8k.jsonl.gz")]
+    texts += [r["question"] for r in rows(data / "text2sql/wikisql_6k.jsonl.gz")]
+    read = "\n".join(plain(text) for text in texts)
+    return [plain(example.query) not in read for example in task.heldout]
 
 
 def tfidf_score(task: Task) -> Score:
-    """TF-IDF of words and word pairs with logistic regression, whole answers as classes."""
+    """TF-IDF of words and word pairs with logistic regression over the `CLASSES` commonest answers.
+
+    It cannot write: where answers are equations or SQL it can only repeat one.
+    """
+    common = Counter(e.answer for e in task.train).most_common(CLASSES)
+    classes = {answer for answer, _ in common}
+    learned = [e for e in task.train if e.answer in classes]
     vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    x = vectors.fit_transform([e.query for e in task.train])
-    model = LogisticRegression(C=10, max_iter=300).fit(x, [e.answer for e in task.train])
+    x = vectors.fit_transform([e.query for e in learned])
+    model = LogisticRegression(C=10, max_iter=300).fit(x, [e.answer for e in learned])
     predicted = model.predict(vectors.transform([e.query for e in task.heldout]))
     return count([str(p) for p in predicted], task.heldout)
