@@ -6,6 +6,7 @@ command are its output. `make readme` refreshes the README, `tests/test_docs.py`
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -37,7 +38,8 @@ def run(command: str) -> str:
     words = shlex.split(command)
     if words[0] == "loramix":
         words = [sys.executable, "-m", *words]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    wide = os.environ | {"COLUMNS": "120"}
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=wide)
     return "\n".join(line.rstrip() for line in done.stdout.splitlines())
 
 

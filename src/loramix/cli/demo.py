@@ -53,7 +53,7 @@ def _print(rows: list[Row], replies: list[Reply], seconds: float) -> None:
     print_table(
         ("query", "mix", "answer", "reference"),
         [
-            (row.query, str(reply.mix), _clipped(reply.text), row.reference)
+            (_clipped(row.query, 48), str(reply.mix), _clipped(reply.text), _clipped(row.reference))
             for row, reply in zip(rows, replies, strict=True)
         ],
     )
@@ -66,7 +66,7 @@ def _print(rows: list[Row], replies: list[Reply], seconds: float) -> None:
     )
 
 
-def _clipped(text: str, width: int = 200) -> str:
-    """The bare base goes on and on; the table shows how it begins."""
+def _clipped(text: str, width: int = 26) -> str:
+    """How a text begins: a row of the table is a line, whether the answer is a word or a query."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 4] + " ..."
+    return flat if len(flat) <= width else flat[: width - 1].rstrip() + "…"
