@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loramix.chat import Message
-from loramix.errors import RouteError
+from loramix.errors import AdapterError, RouteError
 from loramix.route import saved
 from loramix.route.encode import MINILM_SHA256, NgramEncoder
 from loramix.route.gate import GateRouter
@@ -82,7 +82,7 @@ def test_a_failed_save_keeps_the_old_router(
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(AdapterError, match="disk full"):
         router.remove("garden").save(folder)
     assert GateRouter.load(folder).adapters == router.adapters
     assert [p.name for p in folder.parent.iterdir()] == ["router"]
