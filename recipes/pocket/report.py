@@ -43,7 +43,7 @@ class Result:
 
 
 def run(data: Path, pocket: Path, out: Path, limit: int | None = None) -> None:
-    """Judge everything and write RESULTS.md, the cards' scores and the queries of the demo."""
+    """Judge everything and write RESULTS.md and the cards' scores."""
     library = Library(pocket / "library")
     router = GateRouter.load(library.folder / "_router")
     base = replace(open_base(str(pocket / "base"), device="cpu"), id="pocket")

@@ -48,8 +48,8 @@ def train(
 ) -> Adapter:
     """Learn an expert named by `card` from `rows`; the state with the lowest validation loss.
 
-    The base is wrapped while it learns and given back as it was. Raises TrainError if there is
-    nothing to learn or the loss stops being a number.
+    The base is wrapped while it learns and given back as it was, frozen. Raises TrainError if there
+    is nothing to learn or the loss stops being a number.
     """
     if not rows or not validation:
         raise TrainError(f"{len(rows)} rows to train, {len(validation)} to validate; need both.")
