@@ -14,7 +14,9 @@ from loramix.chat import Message
 from loramix.errors import LoramixError, RouteError, UnknownAdapter
 from loramix.mix import Mix
 from loramix.route import Decision, to_mix
+from loramix.route.blend import look
 from loramix.route.gate import GateRouter
+from loramix.route.rows import read
 from tests.route.small import fitted, held_out, rows, train
 
 FOREIGN = (
@@ -221,3 +223,24 @@ def test_to_mix_is_a_sparse_convex_mix(
     assert sum(mix.values()) == pytest.approx(1, abs=1e-3)
     assert min(mix.values()) >= floor - 1e-4
     assert names[int(np.argmax(scores))] in mix or scores.count(max(scores)) > 1
+
+
+def test_fresh_queries_set_a_threshold_and_are_not_stored(router: GateRouter) -> None:
+    name = router.adapters[0]
+    fresh = [text for group in held_out().values() for text in group]
+    tuned = router.tuned({name: fresh})
+    batch = read(fresh, router.ngrams, router.encoder)
+    scores = tuned.abstain.scores(look(batch, tuned.gate, tuned.neighbours))
+    assert np.mean(scores >= tuned.abstain.thresholds[0]) >= router.keep
+    assert tuned.abstain.thresholds[0] != router.abstain.thresholds[0]
+    assert tuned.abstain.thresholds[1:] == router.abstain.thresholds[1:]
+    assert tuned.examples == router.examples
+
+
+def test_a_threshold_needs_a_known_adapter_and_enough_queries(router: GateRouter) -> None:
+    with pytest.raises(UnknownAdapter):
+        router.tuned({"nobody": ["hello there"]})
+    with pytest.raises(RouteError, match="too few"):
+        router.tuned({router.adapters[0]: ["hello there"]})
+    with pytest.raises(RouteError, match="too few"):
+        router.tuned({router.adapters[0]: []})

@@ -43,7 +43,7 @@ def background() -> tuple[str, ...]:
 class Abstain:
     """In-scope score = weights . signs + bias, in log-odds; below its adapter's threshold: none.
 
-    `coverage` is the share of held-out rows above the threshold of their own adapter.
+    `coverage` is the share of held-out rows above the threshold that those rows gave their adapter.
     """
 
     weights: tuple[float, ...]
@@ -95,14 +95,15 @@ def with_keep(abstain: Abstain, scores: Floats, labels: Ints, keep: float) -> Ab
     An adapter with too few rows for its own quantile gets the one of all rows together, or even
     odds if that is lower.
     """
-    pooled = min(conformal(scores, keep), 0.0) if _enough(scores, keep) else 0.0
+    pooled = min(conformal(scores, keep), 0.0) if enough(scores, keep) else 0.0
     groups = [scores[labels == adapter] for adapter in range(len(abstain.thresholds))]
-    thresholds = [conformal(mine, keep) if _enough(mine, keep) else pooled for mine in groups]
+    thresholds = [conformal(mine, keep) if enough(mine, keep) else pooled for mine in groups]
     kept = scores >= np.asarray(thresholds)[labels] if len(labels) else np.ones(1, bool)
     return Abstain(abstain.weights, abstain.bias, tuple(thresholds), keep, float(kept.mean()))
 
 
-def _enough(scores: Floats, keep: float) -> bool:
+def enough(scores: Floats, keep: float) -> bool:
+    """Whether there are scores below which a share 1 - keep of fresh ones can be said to fall."""
     return (len(scores) + 1) * (1 - keep) >= 1
 
 

@@ -14,9 +14,10 @@ choose. Fitting takes seconds; deciding takes a few look-ups in plain arrays.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +27,14 @@ from loramix.chat import Message
 from loramix.errors import RouteError, UnknownAdapter
 from loramix.mix import Mix
 from loramix.route import Decision, to_mix
-from loramix.route.abstain import NEIGHBOURS, Abstain, Evidence, background
+from loramix.route.abstain import (
+    NEIGHBOURS,
+    Abstain,
+    Evidence,
+    background,
+    conformal,
+    enough,
+)
 from loramix.route.blend import Gate, look, place
 from loramix.route.encode import Encoder, default_encoder
 from loramix.route.learn import calibrate, fit_gate, store
@@ -127,6 +135,28 @@ class GateRouter:
         if name not in self.adapters:
             raise UnknownAdapter(name, self.adapters)
         return self._refitted({k: v for k, v in self.examples.items() if k != name})
+
+    def tuned(self, fresh: Mapping[str, Sequence[str]]) -> GateRouter:
+        """The same gate with the thresholds of some adapters set by queries it has not learned.
+
+        For adapters whose stored examples are not quite what users will ask. A share `keep` of
+        such queries then stays; they are not stored, so a refit sets thresholds without them.
+        Raises UnknownAdapter, and RouteError for too few queries to know that share.
+        """
+        thresholds = dict(zip(self.adapters, self.abstain.thresholds, strict=True))
+        for name, queries in fresh.items():
+            if name not in thresholds:
+                raise UnknownAdapter(name, self.adapters)
+            batch = read(queries, self.ngrams, self.encoder)
+            scores = self.abstain.scores(look(batch, self.gate, self.neighbours))
+            if not enough(scores, self.keep):
+                raise RouteError(
+                    f"{len(queries)} queries are too few to keep {self.keep:.1%} of {name!r}'s; "
+                    f"give at least {math.ceil(1 / (1 - self.keep)) - 1}."
+                )
+            thresholds[name] = conformal(scores, self.keep)
+        abstain = replace(self.abstain, thresholds=tuple(thresholds.values()))
+        return replace(self, abstain=abstain)
 
     def _refitted(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
         foreign = examples[""]
