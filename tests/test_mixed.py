@@ -142,6 +142,16 @@ def test_a_layer_adds_the_weighted_sum_of_its_updates(weights, ranks, conv, bias
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_float16_that_overflows_stays_with_the_rows_that_ask_for_it():
+    layer = MixedLinear(nn.Linear(4, 4, bias=False).half(), ActiveMixes())
+    layer.bind("huge", Pair(torch.full((1, 4), 6e4), torch.ones(4, 1)).to(torch.float16))
+    x = torch.ones(2, 1, 4, dtype=torch.float16)
+    with torch.no_grad(), layer.active.using(Gates(("huge",), torch.tensor([[[0.0]], [[1.0]]]))):
+        got = layer(x)
+    assert torch.equal(got[0], layer.base(x[:1])[0])
+    assert got[1].isinf().all()
+
+
 def test_the_gates_end_with_the_pass():
     active = ActiveMixes()
     gates = Gates(("a",), torch.ones(1, 1, 1))

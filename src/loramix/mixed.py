@@ -123,7 +123,10 @@ class MixedLinear(nn.Module):
         scale = gates.weights[..., block.owner]  # [N, T, R]
         if gates.dropout:
             x = F.dropout(x, gates.dropout)
-        update = F.linear(F.linear(x.to(block.a.dtype), block.a) * scale.to(block.a.dtype), block.b)
+        shrunk = F.linear(x.to(block.a.dtype), block.a)
+        if shrunk.dtype == torch.float16:  # past 65504 it is inf, and inf * 0 would be NaN
+            shrunk = shrunk.masked_fill(scale == 0, 0)
+        update = F.linear(shrunk * scale.to(block.a.dtype), block.b)
         if block.gains is not None:
             wx = y if self.base.bias is None else y - self.base.bias
             update = update + (gates.weights[..., block.gain_owner].float() @ block.gains) * wx

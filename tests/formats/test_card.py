@@ -3,7 +3,7 @@ import json
 import pytest
 
 from loramix.adapter import Card
-from loramix.errors import FormatError, MixSyntaxError
+from loramix.errors import FormatError
 from loramix.formats.card import read_card, write_card
 
 FULL = Card(
@@ -51,5 +51,5 @@ def test_a_card_without_a_name_or_a_file_is_refused(tmp_path):
     with pytest.raises(FormatError, match=r"card.json does not exist"):
         read_card(tmp_path)
     (tmp_path / "card.json").write_text(json.dumps({"name": "auto"}), "utf-8")
-    with pytest.raises(MixSyntaxError):
+    with pytest.raises(FormatError, match=r"card.json: 'auto' cannot name an adapter"):
         read_card(tmp_path)

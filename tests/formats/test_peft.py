@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loramix.adapter import Adapter, Card
@@ -230,6 +231,16 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         peft.write(adapter, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "taken"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(peft, "save_file", full)
+    with pytest.raises(AdapterError, match=r"Cannot write .*No space left"):
+        peft.write(peft.read(folder(tmp_path / "in")), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_layers_may_share_a_tensor(tmp_path):

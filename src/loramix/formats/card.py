@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from loramix.adapter import Card
-from loramix.errors import FormatError
+from loramix.errors import FormatError, MixSyntaxError
 from loramix.formats.config import load_config
 from loramix.formats.fields import Fields
 from loramix.formats.folder import CARD
@@ -22,8 +22,12 @@ def read_card(folder: str | Path) -> Card:
     get = Fields(values, str(file))
     if unknown := values.keys() - {field.name for field in fields(Card)}:
         raise FormatError(f"{file}: unknown field {', '.join(sorted(unknown))}; take it out.")
+    try:
+        name = check_name(get.text("name"))
+    except MixSyntaxError as error:
+        raise FormatError(f"{file}: {error}") from error
     return Card(
-        name=check_name(get.text("name")),
+        name=name,
         description=get.text("description"),
         skills=get.texts("skills"),
         examples=get.texts("examples"),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -81,7 +82,10 @@ def write(adapter: Adapter, folder: str | Path, *, dtype: torch.dtype | None = N
             tensors[f"base_model.model.{layer}.{key}"] = own.contiguous()
     with aside(Path(folder)) as place:
         place.mkdir()
-        save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it reports a full disk, among others
+            raise OSError(str(error)) from error
         text = json.dumps(_config(adapter), indent=2, sort_keys=True)
         (place / CONFIG).write_text(text + "\n", encoding="utf-8")
 
