@@ -127,13 +127,47 @@ def test_a_seed_gives_the_same_answer_whatever_runs_beside_it(engine):
     assert alone.tokens == beside.tokens
 
 
+def test_penalties_answer_as_transformers_does_beside_neighbours_without_them(engine, base):
+    adapters = {adapter.name: adapter for adapter in two_adapters(base.model)}
+    model = folded(tiny_base().model, MIXES[2], adapters)
+    ids = torch.tensor([base.tokenizer("the cat")["input_ids"]])
+    output = model.generate(ids, max_new_tokens=20, do_sample=False, repetition_penalty=1.4)
+    wanted = tuple(output[0, ids.shape[1] :].tolist())
+    plain, penalised, again = engine.generate(
+        [greedy("the cat", MIXES[2], repetition_penalty=p) for p in (None, 1.4, None)]
+    )
+    assert penalised.tokens == wanted
+    assert plain.tokens == again.tokens != wanted
+
+
+def test_log_probabilities_are_those_of_scoring_and_come_with_the_stream(engine, base):
+    request = greedy("the cat", MIXES[2], logprobs=2, logit_bias={5: 50.0}, max_tokens=4)
+    answer = engine.generate([request])[0]
+    assert answer.tokens == (5, 5, 5, 5)  # the bias decides, the model's own opinion is reported
+    assert [entry.token for entry in answer.logprobs] == list(answer.tokens)
+    assert all(len(entry.top) == 2 for entry in answer.logprobs)
+    prompt = base.tokenizer("the cat")["input_ids"]
+    text = base.tokenizer.decode([5])
+    told = engine.score([Request((*prompt, 5, 5), MIXES[2])], [text])[0]
+    assert answer.logprobs[2].value == pytest.approx(told, rel=1e-4)
+
+    async def streamed():
+        return [entry async for chunk in engine.stream(request) for entry in chunk.logprobs]
+
+    assert [entry.token for entry in asyncio.run(streamed())] == list(answer.tokens)
+    assert engine.generate([greedy("the cat")])[0].logprobs == ()
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "message"),
     [
         (greedy(""), BadRequest, "prompt is empty"),
+        (greedy("half a \ud83d"), BadRequest, "Character 7 .* lone surrogate"),
+        (greedy((Message("user", "\udc00"),)), BadRequest, "Character 0 .* lone surrogate"),
         (greedy(()), BadRequest, "at least one message"),
         (greedy((5, 999)), BadRequest, "not among 0 to 267"),
         (greedy((-1,)), BadRequest, "not among 0 to 267"),
+        (greedy("the", logit_bias={268: 1}), BadRequest, "of logit_bias is not among 0 to 267"),
         (greedy("the", max_tokens=128), TooLong, "has 1 tokens and up to 128 are to follow"),
         (greedy("x" * 200), TooLong, "holds 128 together"),
         (greedy("the", Mix({"aa": 1})), UnknownAdapter, "Did you mean 'a'"),

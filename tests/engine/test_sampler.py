@@ -8,31 +8,84 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     GenerationConfig,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from loramix.engine import Sampling
-from loramix.engine.sampler import Sampler, end_tokens
+from loramix.engine.sampler import Sampler, end_tokens, logprob
 from loramix.errors import BadRequest
 
 GREEDY = GenerationConfig()
 LOGITS = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 3
 
 
-@given(st.floats(0.1, 5), st.floats(0.05, 1), st.integers(1, 60))
-def test_the_distribution_is_that_of_transformers(temperature, top_p, top_k):
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+@given(st.floats(0.1, 5), st.floats(0.05, 1), st.integers(1, 60), st.floats(0, 1))
+def test_the_distribution_is_that_of_transformers(temperature, top_p, top_k, min_p):
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     scores = LOGITS[None]
     for warper in (
         TemperatureLogitsWarper(temperature),
         TopKLogitsWarper(top_k),
         TopPLogitsWarper(top_p),
+        MinPLogitsWarper(min_p),
     ):
         scores = warper(None, scores)
     probabilities = Sampler(sampling, GREEDY).probabilities(LOGITS)
     torch.testing.assert_close(probabilities / probabilities.sum(), scores[0].softmax(-1))
+
+
+@given(
+    penalty=st.floats(0.5, 3),
+    bias=st.dictionaries(st.integers(0, 49), st.floats(-5, 5, width=32), max_size=3),
+    tokens=st.lists(st.integers(0, 49), min_size=1, max_size=8),
+)
+def test_repetition_and_bias_are_those_of_transformers(penalty, bias, tokens):
+    prompt, said = tokens[:3], tokens[3:]
+    sampling = Sampling(temperature=0, repetition_penalty=penalty, logit_bias=bias)
+    sampler = Sampler(sampling, GREEDY, prompt)
+    for token in said:
+        forced = torch.full((50,), -1e4)
+        forced[token] = 1e4
+        assert sampler.pick(forced) == token
+    expected = LOGITS[None]
+    if bias:
+        processor = SequenceBiasLogitsProcessor([[[t], float(v)] for t, v in bias.items()])
+        expected = processor(torch.tensor([tokens]), expected)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), expected)
+    torch.testing.assert_close(sampler.penalised(LOGITS), expected[0])
+
+
+def test_presence_and_frequency_count_the_answer_only():
+    sampling = Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
+    sampler = Sampler(sampling, GREEDY, prompt=(1, 2, 3))
+    logits = torch.tensor([0.0, 0.0, 0.0, 3.0])
+    assert torch.equal(sampler.penalised(logits), logits)
+    picked = [sampler.pick(logits) for _ in range(10)]
+    assert picked[:10] == [3] * 10  # 3 - 0.5 - 9 * 0.25 is still the largest
+    expected = torch.tensor([0.0, 0.0, 0.0, 3 - 0.5 - 10 * 0.25])
+    torch.testing.assert_close(sampler.penalised(logits), expected)
+
+
+def test_a_penalty_of_the_models_own_holds_unless_another_is_given():
+    config = GenerationConfig(repetition_penalty=1.3, min_p=0.1)
+    own = Sampler(Sampling(), config)
+    assert (own.repetition, own.min_p) == (1.3, 0.1)
+    given = Sampler(Sampling(repetition_penalty=1, min_p=0), config)
+    assert (given.repetition, given.min_p) == (1.0, 0.0)
+
+
+def test_log_probabilities_are_the_models():
+    found = logprob(LOGITS, 7, 3)
+    expected = LOGITS.log_softmax(-1)
+    assert found.value == pytest.approx(float(expected[7]))
+    assert [t for t, _ in found.top] == expected.topk(3).indices.tolist()
+    assert logprob(LOGITS, 7, 0).top == ()
+    assert len(logprob(LOGITS[:4], 1, 20).top) == 4
 
 
 def test_draws_follow_the_distribution():
@@ -88,6 +141,12 @@ def test_end_tokens_are_the_models_own(eos, expected):
         *({"top_k": value} for value in (0, 2.5, True)),
         *({"max_tokens": value} for value in (0, 1.5, math.nan, math.inf, None)),
         *({"seed": value} for value in (1.5, 1 << 63, -(1 << 64))),
+        *({"min_p": value} for value in (-0.1, 1.1, math.nan)),
+        *({"repetition_penalty": value} for value in (0, -1, math.nan, math.inf)),
+        *({"presence_penalty": value} for value in (101, math.nan)),
+        *({"frequency_penalty": value} for value in (-101, math.nan)),
+        *({"logit_bias": {3: value}} for value in (math.inf, math.nan)),
+        *({"logprobs": value} for value in (-1, 21, 1.5, True)),
         {"stop": "text"},
     ],
 )

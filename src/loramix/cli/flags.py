@@ -46,6 +46,10 @@ class Picking:
     temperature: Annotated[float | None, Option(help="0 is greedy.")] = None
     top_p: Annotated[float | None, Option(help="Keep this much probability.")] = None
     top_k: Annotated[int | None, Option(help="Keep this many tokens.")] = None
+    min_p: Annotated[float | None, Option(help="Keep this share of the likeliest.")] = None
+    repetition_penalty: Annotated[float | None, Option(help="1 is none.")] = None
+    presence_penalty: Annotated[float, Option(help="0 is none.")] = 0.0
+    frequency_penalty: Annotated[float, Option(help="0 is none.")] = 0.0
     max_tokens: Annotated[int, Option(help="Longest answer.")] = Sampling().max_tokens
     seed: Annotated[int | None, Option(help="Makes sampling repeatable.")] = None
     stop: Annotated[
@@ -58,6 +62,10 @@ class Picking:
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
             max_tokens=self.max_tokens,
             stop=tuple(self.stop or ()),
             seed=self.seed,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from loramix.chat import Message
@@ -11,27 +12,53 @@ from loramix.errors import BadRequest
 from loramix.mix import Mix
 
 Finish = Literal["stop", "length", "cancelled"]
+MAX_LOGPROBS = 20  # alternatives that can be asked for at each token, as in OpenAI's API
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to pick the next token; None means the base's own generation config.
 
+    `presence_penalty` and `frequency_penalty` count tokens of the answer, as OpenAI's do;
+    `repetition_penalty` counts those of the prompt as well (https://arxiv.org/abs/1909.05858).
     Raises BadRequest for a value that cannot mean anything.
     """
 
     temperature: float | None = None  # 0 is greedy
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None  # least probability, as a share of the likeliest token's
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    repetition_penalty: float | None = None  # divides logits of what was said; 1 is none
+    presence_penalty: float = 0.0  # taken off the logit of a token that was said
+    frequency_penalty: float = 0.0  # taken off for each time that it was said
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added, by token
+    logprobs: int | None = None  # how many alternatives to report beside each token's own
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not 0 <= self.temperature <= 100:
             raise BadRequest(f"temperature is {self.temperature}; expected 0 (greedy) to 100.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise BadRequest(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise BadRequest(f"min_p is {self.min_p}; expected 0 to 1.")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty <= 100:
+            raise BadRequest(
+                f"repetition_penalty is {self.repetition_penalty}; expected more than 0, 1 for "
+                f"none, at most 100."
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -100 <= getattr(self, name) <= 100:
+                raise BadRequest(f"{name} is {getattr(self, name)}; expected -100 to 100.")
+        if not all(math.isfinite(value) for value in self.logit_bias.values()):
+            raise BadRequest("logit_bias holds a value that is not finite; expected numbers.")
+        known = self.logprobs is None or type(self.logprobs) is int
+        if not known or not 0 <= (self.logprobs or 0) <= MAX_LOGPROBS:
+            raise BadRequest(
+                f"logprobs is {self.logprobs}; expected a whole number of 0 to {MAX_LOGPROBS}."
+            )
         counts = {"top_k": 1 if self.top_k is None else self.top_k, "max_tokens": self.max_tokens}
         for name, value in counts.items():
             if type(value) is not int or value < 1:
@@ -54,6 +81,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class LogProb:
+    """How likely the model found a token of the answer, before sampling settings change that."""
+
+    token: int
+    value: float  # natural logarithm of its probability
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens and theirs, best first
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Text as it appears; the last chunk of a request says why it ended, and its prompt's size."""
 
@@ -61,6 +97,7 @@ class Chunk:
     num_tokens: int
     finish: Finish | None = None
     num_prompt_tokens: int = 0  # set on the last chunk, as in `Answer`
+    logprobs: tuple[LogProb, ...] = ()  # of these tokens, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +109,7 @@ class Answer:
     finish: Finish
     num_prompt_tokens: int
     num_cached_tokens: int = 0  # of the prompt, taken from the cache of the same mix
+    logprobs: tuple[LogProb, ...] = ()  # of each token, if asked for
 
     @property
     def num_tokens(self) -> int:

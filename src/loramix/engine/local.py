@@ -224,13 +224,15 @@ class LocalEngine:
     ) -> Writer:
         sampling, config = request.sampling, self._generation
         self._require_room(len(prompt), sampling.max_tokens)
+        self._require_tokens(sampling.logit_bias, "logit_bias")
         return Writer(
-            Sampler(sampling, config),
+            Sampler(sampling, config, prompt),
             Detokenizer(self.base.tokenizer, prompt),
             StopStrings(sampling.stop),
             end=end_tokens(config),
             num_prompt_tokens=len(prompt),
             max_tokens=sampling.max_tokens,
+            logprobs=sampling.logprobs,
             send=send,
         )
 
@@ -238,20 +240,27 @@ class LocalEngine:
         """The tokens of a request's prompt."""
         prompt = request.prompt
         if isinstance(prompt, str):
+            _require_characters(prompt)
             tokens = self._tokens(prompt)
         else:
             messages = [part for part in prompt if isinstance(part, Message)]
+            for message in messages:
+                _require_characters(message.content)
             tokens = [part for part in prompt if isinstance(part, int)]
             tokens = tokens or prompt_ids(self.base.tokenizer, messages)
         if not tokens or not prompt:
             raise BadRequest("The prompt is empty; expected at least one token.")
-        if not all(0 <= token < self._vocabulary for token in tokens):
-            raise BadRequest(f"A token of the prompt is not among 0 to {self._vocabulary - 1}.")
+        self._require_tokens(tokens, "the prompt")
         return tokens
+
+    def _require_tokens(self, tokens: Iterable[int], where: str) -> None:
+        if not all(0 <= token < self._vocabulary for token in tokens):
+            raise BadRequest(f"A token of {where} is not among 0 to {self._vocabulary - 1}.")
 
     def _continued(self, request: Request, continuation: str) -> tuple[list[int], list[int]]:
         """A prompt's tokens and its continuation's."""
         prompt = self._prompt(request)
+        _require_characters(continuation)
         targets = self._tokens(continuation, add_special_tokens=False)
         if isinstance(request.prompt, str):
             together = self._tokens(request.prompt + continuation)
@@ -272,6 +281,17 @@ class LocalEngine:
                 f"The prompt has {num_prompt} tokens and up to {num_more} are to follow, but this "
                 f"base holds {self.context} together; shorten the prompt or lower max_tokens."
             )
+
+
+def _require_characters(text: str) -> None:
+    """BadRequest for half a character (a lone surrogate), which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequest(
+            f"Character {error.start} of the text is half a character (a lone surrogate, "
+            f"{text[error.start]!a}); send whole ones."
+        ) from error
 
 
 def _ignore(chunk: Chunk) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from loramix.engine import Answer, Chunk, Finish
-from loramix.engine.sampler import Sampler
+from loramix.engine import Answer, Chunk, Finish, LogProb
+from loramix.engine.sampler import Sampler, logprob
 from loramix.engine.text import Detokenizer, StopStrings
 
 
@@ -24,9 +24,11 @@ class Writer:
         end: frozenset[int],
         num_prompt_tokens: int,
         max_tokens: int,
+        logprobs: int | None = None,
         send: Callable[[Chunk], None],
     ) -> None:
         self.tokens: list[int] = []
+        self.logprobs: list[LogProb] = []
         self.finish: Finish | None = None
         self._sampler = sampler
         self._detokenizer = detokenizer
@@ -34,6 +36,7 @@ class Writer:
         self._end = end
         self._num_prompt_tokens = num_prompt_tokens
         self._max_tokens = max_tokens
+        self._num_top = logprobs
         self._send = send
         self._texts: list[str] = []
         self._num_sent = 0
@@ -46,6 +49,8 @@ class Writer:
         """Pick the next token from [1, V]; it is to be computed next unless it is the last."""
         token = self._sampler.pick(logits[-1])
         self.tokens.append(token)
+        if self._num_top is not None:
+            self.logprobs.append(logprob(logits[-1], token, self._num_top))
         text = self._text(token)
         if token in self._end or self._stops.found:
             self.finish = "stop"
@@ -63,6 +68,7 @@ class Writer:
             finish=self.finish,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=num_cached_tokens,
+            logprobs=tuple(self.logprobs),
         )
 
     def _text(self, token: int) -> str:
@@ -76,10 +82,11 @@ class Writer:
 
     def _send_on(self, text: str) -> None:
         num_tokens = len(self.tokens) - self._num_sent
+        logprobs = tuple(self.logprobs[self._num_sent :])
         self._num_sent = len(self.tokens)
         self._texts.append(text)
         size = self._num_prompt_tokens if self.finish else 0
-        self._send(Chunk(text, num_tokens, self.finish, size))
+        self._send(Chunk(text, num_tokens, self.finish, size, logprobs))
 
 
 class Scorer:
