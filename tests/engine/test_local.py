@@ -12,6 +12,7 @@ import torch
 
 from loramix.chat import Message
 from loramix.engine import Request, Sampling
+from loramix.engine.exact import require_exact
 from loramix.engine.local import LocalEngine
 from loramix.errors import BadRequest, BaseMismatch, Busy, EngineError, TooLong, UnknownAdapter
 from loramix.mix import Mix
@@ -125,6 +126,21 @@ def test_a_seed_gives_the_same_answer_whatever_runs_beside_it(engine):
     alone = engine.generate([seeded])[0]
     beside = engine.generate([*others, seeded])[-1]
     assert alone.tokens == beside.tokens
+
+
+def test_within_few_bytes_the_answers_are_the_same(base):
+    requests = [greedy(p, m) for p, m in zip(PROMPTS, MIXES, strict=True)]
+    with LocalEngine(base, two_adapters(base.model)) as engine:
+        wanted = [answer.tokens for answer in engine.generate(requests)]
+    tight = tiny_base()
+    token_bytes = require_exact(tight.model)
+    with LocalEngine(tight, two_adapters(tight.model), kv_bytes=60 * token_bytes) as engine:
+        assert [answer.tokens for answer in engine.generate(requests)] == wanted
+        assert engine.cache.size_bytes <= 60 * token_bytes
+        with pytest.raises(TooLong, match="of keys and values"):
+            engine.generate([greedy("the cat", max_tokens=61)])
+        with pytest.raises(TooLong, match="of keys and values"):
+            engine.score([Request((9,) * 50)], ["the other hand " * 2])
 
 
 def test_penalties_answer_as_transformers_does_beside_neighbours_without_them(engine, base):
@@ -399,7 +415,7 @@ def test_two_engines_work_side_by_side(base):
         kept += [engine.generate([request])[0].tokens for request in requests]
 
     one = LocalEngine(base, two_adapters(base.model))
-    two = LocalEngine(other, two_adapters(other.model), cache_bytes=0)
+    two = LocalEngine(other, two_adapters(other.model), reuse=False)
     with one, two:
         wanted = [[answer.tokens for answer in engine.generate(requests)] for engine in (one, two)]
         pairs = zip((one, two), answers, strict=True)

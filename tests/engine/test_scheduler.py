@@ -36,13 +36,17 @@ def run(scheduler):
     """Step until idle; what each step computed, as (task, number of rows)."""
     steps = []
     while not scheduler.is_idle:
-        batch = scheduler.next_batch()
-        steps.append([(part.task, part.span.num_rows) for part in batch.parts])
-        for part in batch.parts:
-            row = torch.ones(1, 1, part.span.num_rows, 1)
-            part.task.history.append(0, row, row)
-        scheduler.record(batch, torch.zeros(len(batch.read_rows), 3))
+        steps.append(run_step(scheduler))
     return steps
+
+
+def run_step(scheduler):
+    batch = scheduler.next_batch()
+    for part in batch.parts:
+        row = torch.ones(1, 1, part.span.num_rows, 1)
+        part.task.history.append(0, row, row)
+    scheduler.record(batch, torch.zeros(len(batch.read_rows), 3))
+    return [(part.task, part.span.num_rows) for part in batch.parts]
 
 
 def test_those_who_answer_go_first_and_prompts_follow_in_order():
@@ -127,3 +131,43 @@ def test_dropping_frees_memory_and_room_wherever_the_task_is():
     assert running.done.cancelled()
     assert queue.is_idle
     assert [queue.room.acquire(blocking=False) for _ in range(3)] == [True, True, False]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 9)), min_size=1, max_size=9),
+    st.integers(30, 90),
+    st.integers(0, 90),
+)
+def test_keys_and_values_never_exceed_their_bytes(sizes, kv_tokens, cache_tokens):
+    token_bytes = 8  # run() files one number for the keys and one for the values
+    queue = Scheduler(
+        PrefixCache(cache_tokens * token_bytes),
+        max_batch=4,
+        max_queue=99,
+        step_tokens=8,
+        token_bytes=token_bytes,
+        kv_bytes=kv_tokens * token_bytes,
+    )
+    tasks = []
+    for size, rows in sizes:
+        tokens = list(range(100, 100 + size))
+        tasks.append(Task(tokens, size - 1, (), "", Count(rows), size + rows - 1))
+        queue.add(tasks[-1])
+    while not queue.is_idle:
+        run_step(queue)
+        held = sum(item.history.size_bytes for item in queue.running)
+        assert held <= queue.reserved_bytes
+        assert held + queue.cache.size_bytes <= kv_tokens * token_bytes
+        assert queue.cache.size_bytes <= cache_tokens * token_bytes
+    assert [len(item.tokens) for item in tasks] == [size + rows - 1 for size, rows in sizes]
+
+
+def test_one_that_does_not_fit_yet_waits_and_nobody_overtakes_it():
+    queue = Scheduler(
+        PrefixCache(0), max_batch=4, max_queue=9, step_tokens=9, token_bytes=8, kv_bytes=80
+    )
+    first, large, small = (task(size) for size in (4, 9, 1))
+    for item in (first, large, small):
+        queue.add(item)
+    assert run(queue) == [[(first, 4)], [(small, 1), (large, 8)], [(large, 1)]]

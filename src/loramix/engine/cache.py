@@ -19,23 +19,32 @@ ROOM = 64  # tokens that a new buffer holds at least
 class History:
     """The keys and values of one request, per layer, in buffers that double when they are full.
 
-    Within a step each layer appends at `num_tokens`, and `advance` ends the step.
+    Within a step each layer appends at `num_tokens`, and `advance` ends the step. Buffers get no
+    more room than for `limit` tokens, if it is known that there will be no more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         self.num_tokens = 0
+        self.limit = limit
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # each [1, H, room, D]
 
     @property
     def size_bytes(self) -> int:
         return sum(keys.nbytes + values.nbytes for keys, values in self._layers.values())
 
+    @property
+    def token_bytes(self) -> int:
+        """The bytes of one token's keys and values, once a step was taken."""
+        buffers = [buffer for pair in self._layers.values() for buffer in pair]
+        return sum(buffer[:, :, :1].nbytes for buffer in buffers)
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take the step's keys and values, [1, H, T, D]; return those of all tokens so far."""
         start, end = self.num_tokens, self.num_tokens + keys.shape[2]
         if layer not in self._layers or self._layers[layer][0].shape[2] < end:
             old = self._layers.get(layer, (keys[:, :, :0], values[:, :, :0]))
-            self._layers[layer] = _grown(old[0], start, end), _grown(old[1], start, end)
+            room = self._room(old[0].shape[2], end)
+            self._layers[layer] = _grown(old[0], start, room), _grown(old[1], start, room)
         all_keys, all_values = self._layers[layer]
         all_keys[:, :, start:end] = keys
         all_values[:, :, start:end] = values
@@ -44,23 +53,26 @@ class History:
     def advance(self, num_tokens: int) -> None:
         self.num_tokens += num_tokens
 
-    def prefix(self, num_tokens: int) -> History:
+    def prefix(self, num_tokens: int, limit: int | None = None) -> History:
         """A copy of the first tokens' keys and values, to be continued differently."""
         assert num_tokens <= self.num_tokens
-        copy = History()
+        copy = History(limit)
         copy.num_tokens = num_tokens
         for layer, (keys, values) in self._layers.items():
-            copy._layers[layer] = (
-                _grown(keys, num_tokens, num_tokens + 1),
-                _grown(values, num_tokens, num_tokens + 1),
-            )
+            room = copy._room(0, num_tokens + 1)
+            copy._layers[layer] = _grown(keys, num_tokens, room), _grown(values, num_tokens, room)
         return copy
 
+    def _room(self, before: int, needed: int) -> int:
+        """Tokens that a new buffer should hold, where one for `before` became too small."""
+        room = max(ROOM, needed, min(2 * before, 2 * needed))
+        return room if self.limit is None else max(needed, min(room, self.limit))
 
-def _grown(buffer: Tensor, used: int, needed: int) -> Tensor:
+
+def _grown(buffer: Tensor, used: int, room: int) -> Tensor:
     """A buffer with room for more tokens that holds the first `used` of this one."""
-    _, heads, room, width = buffer.shape
-    grown = buffer.new_empty(1, heads, max(ROOM, needed, min(2 * room, 2 * needed)), width)
+    _, heads, _, width = buffer.shape
+    grown = buffer.new_empty(1, heads, room, width)
     grown[:, :, :used] = buffer[:, :, :used]
     return grown
 
@@ -76,8 +88,11 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def longest(self, key: str, tokens: Sequence[int]) -> History:
-        """A history of the longest prefix of `tokens` computed under the same key; maybe empty."""
+    def longest(self, key: str, tokens: Sequence[int], limit: int | None = None) -> History:
+        """A history of the longest prefix of `tokens` computed under the same key; maybe empty.
+
+        It is a copy, to grow to `limit` tokens at most.
+        """
         wanted = np.asarray(tokens, dtype=np.int64)
         best, best_name = 0, None
         for name in self._entries:
@@ -87,9 +102,9 @@ class PrefixCache:
             ):
                 best, best_name = shared, name
         if best_name is None:
-            return History()
+            return History(limit)
         self._entries.move_to_end(best_name)
-        return self._entries[best_name].prefix(best)
+        return self._entries[best_name].prefix(best, limit)
 
     def store(self, key: str, tokens: Sequence[int], history: History) -> None:
         """Keep a finished request's history, which must not be appended to any more.
@@ -104,6 +119,11 @@ class PrefixCache:
             self._drop(old)
         self._entries[name] = history
         self.size_bytes += history.size_bytes
+        self.resize(self.limit_bytes)
+
+    def resize(self, limit_bytes: int) -> None:
+        """Keep to this budget from now on, dropping what was used longest ago."""
+        self.limit_bytes = limit_bytes
         while self.size_bytes > self.limit_bytes:
             self._drop(next(iter(self._entries)))
 

@@ -20,13 +20,20 @@ EXACT_LAYERS = {"full_attention", "sliding_attention"}
 CHANGING_ROPE = {"dynamic", "longrope"}  # frequencies that depend on the longest request around
 
 
-def require_exact(model: PreTrainedModel) -> None:
-    """EngineError, naming the model's class and the reason, unless it is served exactly."""
-    if reason := _obstacle(model) or _difference(model):
+def require_exact(model: PreTrainedModel) -> int:
+    """EngineError, naming the model's class and the reason, unless it is served exactly.
+
+    Returns the bytes that a token's keys and values take, as seen in the trial.
+    """
+    reason, token_bytes = _obstacle(model), 0
+    if reason is None:
+        reason, token_bytes = _trial(model)
+    if reason is not None:
         raise EngineError(
             f"{type(model).__name__} cannot be served exactly: {reason}. Expected a decoder with "
             f"causal attention in every layer and rotary or learned positions; use another base."
         )
+    return token_bytes
 
 
 def exact_context(base: Base) -> int:
@@ -78,8 +85,11 @@ class _Collector:
         return []
 
 
-def _difference(model: PreTrainedModel) -> str | None:
-    """How the packed row's logits differ from the model's own beyond rounding, if they do."""
+def _trial(model: PreTrainedModel) -> tuple[str | None, int]:
+    """How the packed row's logits differ from the model's own beyond rounding, if they do.
+
+    Also the bytes of a token's keys and values.
+    """
     vocabulary = vocabulary_size(model)
     prompts = [[(7 * i + 3 * n) % vocabulary for i in range(n)] for n in (9, 4)]
     scheduler = Scheduler(PrefixCache(0), max_batch=2, max_queue=2, step_tokens=7)
@@ -87,8 +97,9 @@ def _difference(model: PreTrainedModel) -> str | None:
     readers = [_Collector(len(prompt)) for prompt in prompts]
     windows: set[int | None] = set()
     try:
-        for prompt, reader in zip(prompts, readers, strict=True):
-            scheduler.add(Task(list(prompt), 0, (), "", reader))
+        tasks = [Task(p, 0, (), "", r) for p, r in zip(prompts, readers, strict=True)]
+        for task in tasks:
+            scheduler.add(task)
         while not scheduler.is_idle:
             batch = scheduler.next_batch()
             scheduler.record(batch, core.forward(batch))
@@ -96,15 +107,15 @@ def _difference(model: PreTrainedModel) -> str | None:
         with torch.inference_mode():
             own = [model(torch.tensor([p], device=model.device)).logits[0].float() for p in prompts]
     except Exception as error:
-        return f"a trial failed with {error!r}"
+        return f"a trial failed with {error!r}", 0
     if windows != _windows(model.config.get_text_config()):
-        return f"its layers attend over windows of {windows}, other than its config says"
+        return f"its layers attend over windows of {windows}, other than its config says", 0
     tolerance = torch.finfo(model.dtype).eps ** 0.5
     for logits, reader in zip(own, readers, strict=True):
         off = float((torch.cat(reader.rows) - logits).abs().max() / logits.abs().max())
         if not off <= tolerance:
-            return f"in a trial its logits were off by {off:.1e} of the largest"
-    return None
+            return f"in a trial its logits were off by {off:.1e} of the largest", 0
+    return None, tasks[0].history.token_bytes
 
 
 def _windows(config: PreTrainedConfig) -> set[int | None]:

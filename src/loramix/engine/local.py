@@ -30,7 +30,7 @@ from loramix.errors import BadRequest, Busy, LoramixError, TooLong, UnknownAdapt
 from loramix.library import check_fingerprint
 from loramix.mix import Mix
 
-MIB = 1 << 20
+GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Job:
     mix: Mix
     tokens: Sequence[int]
     num_prompt: int
+    limit: int  # tokens that are computed at most
     reader: Reader
 
 
@@ -47,8 +48,9 @@ class LocalEngine:
     """Serves a base and its adapters; close it, or use it in a `with` block.
 
     At most `max_batch` requests run at once and `max_queue` wait. A step computes up to
-    `step_tokens` new tokens. Keys and values of finished requests are kept for reuse by requests
-    of the same mix, up to `cache_bytes`. While the engine is open the base's model is its own.
+    `step_tokens` new tokens. Keys and values take at most `kv_bytes`: those of running requests
+    first, and with `reuse` those of finished ones, for requests of the same mix that begin alike.
+    While the engine is open the base's model is its own.
 
     Raises EngineError for a model that it cannot serve exactly, BaseMismatch for an adapter that
     does not fit.
@@ -62,14 +64,20 @@ class LocalEngine:
         max_batch: int = 32,
         max_queue: int = 1024,
         step_tokens: int = 512,
-        cache_bytes: int = 256 * MIB,
+        kv_bytes: int = 2 * GIB,
+        reuse: bool = True,
     ) -> None:
-        require_exact(base.model)
+        self._token_bytes = require_exact(base.model)
         self.base = base
         self.context = exact_context(base)
-        self.cache = PrefixCache(cache_bytes)
+        self.cache = PrefixCache(kv_bytes if reuse else 0)
         self._scheduler = Scheduler(
-            self.cache, max_batch=max_batch, max_queue=max_queue, step_tokens=step_tokens
+            self.cache,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            step_tokens=step_tokens,
+            token_bytes=self._token_bytes,
+            kv_bytes=kv_bytes,
         )
         self._core = Core(base.model, self._scheduler)
         self._bound: dict[str, str] = {}  # what a name means now: the adapter as bound in the core
@@ -136,8 +144,8 @@ class LocalEngine:
         """
         prompts = [self._prompt(request) for request in requests]
         writers = [self._writer(r, p, _ignore) for r, p in zip(requests, prompts, strict=True)]
-        jobs = zip(requests, prompts, writers, strict=True)
-        tasks = self._finish([Job(r.mix, p, len(p), w) for r, p, w in jobs])
+        jobs = [self._job(*parts) for parts in zip(requests, prompts, writers, strict=True)]
+        tasks = self._finish(jobs)
         return [w.answer(t.num_cached_tokens) for w, t in zip(writers, tasks, strict=True)]
 
     def score(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
@@ -156,7 +164,8 @@ class LocalEngine:
         for request, continuation in zip(requests, continuations, strict=True):
             prompt, targets = self._continued(request, continuation)
             scorers.append(Scorer(targets))
-            jobs.append(Job(request.mix, [*prompt, *targets[:-1]], len(prompt), scorers[-1]))
+            tokens = [*prompt, *targets[:-1]]
+            jobs.append(Job(request.mix, tokens, len(prompt), len(tokens), scorers[-1]))
         self._finish(jobs)
         return [scorer.total for scorer in scorers]
 
@@ -174,7 +183,7 @@ class LocalEngine:
 
         prompt = self._prompt(request)
         writer = self._writer(request, prompt, send)
-        task = self._submit(Job(request.mix, prompt, len(prompt), writer), wait=False)
+        task = self._submit(self._job(request, prompt, writer), wait=False)
         task.done.add_done_callback(lambda _: send(None))
         try:
             while (chunk := await events.get()) is not None:
@@ -182,6 +191,10 @@ class LocalEngine:
             task.done.result()
         finally:
             self._core.cancel(task)
+
+    def _job(self, request: Request, prompt: Sequence[int], writer: Writer) -> Job:
+        limit = len(prompt) + request.sampling.max_tokens - 1  # the last token is not computed
+        return Job(request.mix, prompt, len(prompt), limit, writer)
 
     def _finish(self, jobs: Sequence[Job]) -> list[Task]:
         """Run all jobs to their end; if one fails, or the caller gives up, cancel the rest."""
@@ -205,7 +218,8 @@ class LocalEngine:
             with self._lock:
                 weights = self._resolve(job.mix)
                 key = " ".join([str(job.mix), *(name for name, _ in weights)])
-                task = Task(list(job.tokens), job.num_prompt - 1, weights, key, job.reader)
+                first_read = job.num_prompt - 1
+                task = Task(list(job.tokens), first_read, weights, key, job.reader, job.limit)
                 self._core.submit(task)
         except LoramixError:
             self._scheduler.room.release()
@@ -280,6 +294,13 @@ class LocalEngine:
             raise TooLong(
                 f"The prompt has {num_prompt} tokens and up to {num_more} are to follow, but this "
                 f"base holds {self.context} together; shorten the prompt or lower max_tokens."
+            )
+        needed, budget = (num_prompt + num_more - 1) * self._token_bytes, self._scheduler.kv_bytes
+        if needed > budget:
+            raise TooLong(
+                f"The prompt's {num_prompt} tokens and up to {num_more} more take {needed:,} bytes "
+                f"of keys and values, but the engine has {budget:,}; shorten the prompt, lower "
+                f"max_tokens, or open the engine with more kv_bytes."
             )
 
 

@@ -2,11 +2,13 @@
 
 Every step takes all requests that wait for one token, then chunks of prompts in order of arrival,
 up to a budget of tokens: a long prompt never holds up those who are already answering. Requests
-join and leave between any two steps.
+join and leave between any two steps. One joins when the keys and values it may come to need, at its
+longest, fit the budget of bytes; finished requests' keys and values have what is left of it.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -38,7 +40,8 @@ class Task:
     """A request at work.
 
     `weights` name adapters as they are bound to the model; `key` is what its keys and values may
-    be shared under. Logits are read from position `first_read` on.
+    be shared under. Logits are read from position `first_read` on. At most `limit` tokens are
+    computed; 0 means those it has now.
     """
 
     tokens: list[int]
@@ -46,9 +49,13 @@ class Task:
     weights: tuple[tuple[str, float], ...]
     key: str
     reader: Reader
+    limit: int = 0
     done: Future[None] = field(default_factory=Future)
     history: History = field(default_factory=History)
     num_cached_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.limit = self.limit or len(self.tokens)
 
     @property
     def num_pending(self) -> int:
@@ -121,13 +128,27 @@ def step_failed(error: Exception) -> EngineError:
 
 
 class Scheduler:
-    """The running batch and the queue before it. Not thread-safe, except for `room`."""
+    """The running batch and the queue before it. Not thread-safe, except for `room`.
+
+    A token's keys and values take `token_bytes`; all there are take at most `kv_bytes`. A task
+    that needs more than that by itself must not be added: it would wait for ever.
+    """
 
     def __init__(
-        self, cache: PrefixCache, *, max_batch: int, max_queue: int, step_tokens: int
+        self,
+        cache: PrefixCache,
+        *,
+        max_batch: int,
+        max_queue: int,
+        step_tokens: int,
+        token_bytes: int = 0,
+        kv_bytes: int = sys.maxsize,
     ) -> None:
         self.cache = cache
+        self.token_bytes = token_bytes
+        self.kv_bytes = kv_bytes
         self.max_batch = max_batch
+        self._cache_bytes = cache.limit_bytes
         self.step_tokens = max(step_tokens, max_batch)  # all who wait for one token get it
         self.room = threading.Semaphore(max_queue)  # taken before `add`, given back on leaving
         self.waiting: deque[Task] = deque()
@@ -170,7 +191,7 @@ class Scheduler:
         if task.done.done():
             return
         if task in self.running:
-            self.running.remove(task)
+            self._leave(task)
         else:
             self.waiting.remove(task)
             self.room.release()
@@ -182,11 +203,27 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_batch:
+            left = self.kv_bytes - self.reserved_bytes - self._most_bytes(self.waiting[0])
+            if left < 0:
+                return
             task = self.waiting.popleft()
             self.room.release()
-            task.history = self.cache.longest(task.key, task.tokens[: task.first_read])
+            task.history = self.cache.longest(task.key, task.tokens[: task.first_read], task.limit)
             task.num_cached_tokens = task.history.num_tokens
             self.running.append(task)
+            self.cache.resize(min(left, self._cache_bytes))
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the running tasks' keys and values take at their longest."""
+        return sum(map(self._most_bytes, self.running))
+
+    def _most_bytes(self, task: Task) -> int:
+        return task.limit * self.token_bytes
+
+    def _leave(self, task: Task) -> None:
+        self.running.remove(task)
+        self.cache.resize(min(self.kv_bytes - self.reserved_bytes, self._cache_bytes))
 
     def _read(self, task: Task, logits: Tensor) -> None:
         try:
@@ -198,6 +235,6 @@ class Scheduler:
                 self._finish(task)
 
     def _finish(self, task: Task) -> None:
-        self.running.remove(task)
+        self._leave(task)
         self.cache.store(task.key, task.tokens[: task.history.num_tokens], task.history)
         task.done.set_result(None)
