@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import loramix
-from loramix.adapter import Adapter
 from loramix.chat import Message
 from loramix.engine import Sampling
 from loramix.engine.fake import FakeEngine
@@ -36,26 +35,9 @@ class WordRouter:
         return [[float("card" in query), 0.0] for query in queries]
 
 
-class Shelved(FakeEngine):
-    """The fake engine, with the adapters it was given."""
-
-    def __init__(self) -> None:
-        self.given: dict[str, Adapter] = {}
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return tuple(self.given)
-
-    def add(self, adapter: Adapter) -> None:
-        self.given[adapter.name] = adapter
-
-    def close(self) -> None:
-        self.given.clear()
-
-
 @pytest.fixture
 def faked(shop: Shop) -> LM:
-    return LM(Shelved(), Library(Path(shop.library)), WordRouter())
+    return LM(FakeEngine(), Library(Path(shop.library)), WordRouter())
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +134,13 @@ def test_conversations_end_with_the_user(faked):
             faked.ask(messages)
 
 
-def test_what_cannot_be_mixed_or_routed_is_refused(faked, shop):
+def test_what_cannot_be_mixed_or_routed_is_refused(faked, lm, shop):
     with pytest.raises(UnknownAdapter, match="Did you mean 'banking'"):
-        faked.ask("hi", mix="bankin")
+        lm.ask("hi", mix="bankin", sampling=GREEDY)
     with pytest.raises(MixSyntaxError):
         faked.ask("hi", mix="sql:much")
     with pytest.raises(RouteError, match="router fit"):
-        LM(Shelved(), Library(Path(shop.library))).ask("hi")
+        LM(FakeEngine(), Library(Path(shop.library))).ask("hi")
 
 
 def test_pocket_has_its_own_library_and_other_bases_have_yours(monkeypatch, tmp_path):

@@ -20,9 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol, Self
+from typing import Self
 
-from loramix.adapter import Adapter
 from loramix.chat import Message
 from loramix.engine import Answer, Chunk, Engine, Finish, Request, Sampling
 from loramix.errors import BadRequest, RouteError, UnknownAdapter
@@ -35,20 +34,6 @@ POCKET_LIBRARY = POCKET / "library"
 ROUTER = "_router"  # the subfolder of a library that holds its router
 
 Prompt = str | Sequence[Message]
-
-
-class AdapterEngine(Engine, Protocol):
-    """An engine that takes adapters while it runs."""
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names it can mix now."""
-
-    def add(self, adapter: Adapter) -> None:
-        """Make an adapter available to requests."""
-
-    def close(self) -> None:
-        """Stop the running batch and free the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +111,7 @@ class Stream:
 class LM:
     """One frozen base that answers under any mix of a library's adapters."""
 
-    def __init__(
-        self, engine: AdapterEngine, library: Library, router: Router | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, library: Library, router: Router | None = None) -> None:
         self.engine = engine
         self.library = library
         self.router = router
@@ -185,13 +168,7 @@ class LM:
         messages = as_messages(prompt)
         decision = self.route(messages) if mix == "auto" else None
         chosen = decision.mix if decision else as_mix(mix)
-        self._load(chosen)
         return Plan(Request(messages, chosen, sampling or Sampling()), decision)
-
-    def _load(self, mix: Mix) -> None:
-        for name in mix:
-            if name not in self.engine.adapters:
-                self.engine.add(self.library.load(name))
 
 
 @dataclass(slots=True)
@@ -235,7 +212,7 @@ def open(
     shelf = Library(Path(library) if library else default_library(base))
     router = load_router(shelf) if has_router(shelf) else None
     opened = open_base(base, dtype=dtype, device=device, revision=revision)
-    return LM(LocalEngine(opened), shelf, router)
+    return LM(LocalEngine(opened, library=shelf), shelf, router)
 
 
 def default_library(base: str) -> Path:

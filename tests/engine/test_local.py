@@ -14,7 +14,17 @@ from loramix.chat import Message
 from loramix.engine import Request, Sampling
 from loramix.engine.exact import require_exact
 from loramix.engine.local import LocalEngine
-from loramix.errors import BadRequest, BaseMismatch, Busy, EngineError, TooLong, UnknownAdapter
+from loramix.errors import (
+    AdapterError,
+    BadRequest,
+    BaseMismatch,
+    Busy,
+    EngineError,
+    TooLong,
+    UnknownAdapter,
+)
+from loramix.formats import peft
+from loramix.library import Library
 from loramix.mix import Mix
 from tests.tiny import folded, random_adapter, tiny_base, tiny_model
 
@@ -473,3 +483,57 @@ def test_the_model_is_as_it_was_between_steps(engine, base):
     assert torch.equal(base.model(ids).logits, tiny_model()(ids).logits)
     engine.generate([greedy("the", Mix({"a": 1}))])
     assert torch.equal(base.model(ids).logits, tiny_model()(ids).logits)
+
+
+def shelf_of(model, folder, names="abc"):
+    for seed, name in enumerate(names):
+        peft.write(random_adapter(model, name, rank=2, seed=seed), folder / name)
+    return Library(folder)
+
+
+def test_adapters_are_read_when_a_mix_names_them_and_leave_when_others_need_the_room(
+    base, tmp_path
+):
+    library = shelf_of(base.model, tmp_path)
+    size = library.load("a").size_bytes()
+    requests = [greedy("the cat", Mix.parse(mix)) for mix in ("a", "b+c", "c", "a:0.5", "b")]
+    with LocalEngine(tiny_base(), [library.load(name) for name in "abc"]) as engine:
+        wanted = [answer.tokens for answer in engine.generate(requests)]
+    with LocalEngine(base, library=library, adapter_bytes=2 * size) as engine:
+        assert engine.adapters == ()
+        assert [answer.tokens for answer in engine.generate(requests)] == wanted
+        for request, tokens in zip(requests, wanted, strict=True):
+            assert engine.generate([request])[0].tokens == tokens
+            assert set(request.mix) <= set(engine.adapters)
+        assert engine.adapters == ("a", "b")
+        assert "".join(asyncio.run(texts(engine, requests[2])))
+        assert "c" in engine.adapters
+        wait_until(lambda: len(engine._core.mixed.digests) == 2)
+        with pytest.raises(UnknownAdapter, match="Did you mean 'a'"):
+            engine.generate([greedy("the", Mix.parse("aa"))])
+        with pytest.raises(AdapterError, match=f"take more than the {2 * size:,} bytes"):
+            engine.generate([greedy("the", Mix.parse("a+b+c"))])
+        assert engine._residents.num_users == 0
+
+
+def test_a_pinned_adapter_stays_and_one_at_work_makes_others_wait(base, tmp_path):
+    library = shelf_of(base.model, tmp_path)
+    size = library.load("a").size_bytes()
+
+    async def crowd(engine):
+        stream = engine.stream(greedy("the", Mix.parse("b"), max_tokens=50))
+        with brake(base, steps=3):
+            await anext(stream)
+            with pytest.raises(Busy, match="No room for 'c'"):
+                await anext(engine.stream(greedy("the", Mix.parse("c"))))
+            await stream.aclose()
+        return [text async for text in engine.stream(greedy("the", Mix.parse("c")))]
+
+    with LocalEngine(base, library=library, adapter_bytes=2 * size) as engine:
+        engine.add(library.load("a"), pinned=True)
+        assert asyncio.run(crowd(engine))
+        assert engine.adapters == ("a", "c")
+        with pytest.raises(AdapterError, match="all adapters together may take"):
+            engine.add(random_adapter(base.model, "large", rank=20))
+        with pytest.raises(AdapterError, match="take more than"):
+            engine.generate([greedy("the", Mix.parse("b+c"))])

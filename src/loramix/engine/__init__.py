@@ -130,3 +130,6 @@ class Engine(Protocol):
 
         Many mixes of one prompt are one batch: this is what search and the gate's targets run on.
         """
+
+    def close(self) -> None:
+        """Fail what is unfinished and free the model; may be repeated."""

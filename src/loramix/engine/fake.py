@@ -24,6 +24,9 @@ class FakeEngine:
             yield Chunk(word + " ", num_tokens=1)
         yield Chunk(words[-1], 1, answer.finish, answer.num_prompt_tokens)
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def score(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
         """One nat per word that the answer does not have at that place."""
         pairs = zip(requests, continuations, strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -23,11 +24,12 @@ from loramix.engine.cache import PrefixCache
 from loramix.engine.core import Core
 from loramix.engine.exact import exact_context, require_exact, vocabulary_size
 from loramix.engine.reader import Scorer, Writer
+from loramix.engine.residents import Resident, Residents
 from loramix.engine.sampler import Sampler, end_tokens
 from loramix.engine.scheduler import Reader, Scheduler, Task
 from loramix.engine.text import Detokenizer, StopStrings
-from loramix.errors import BadRequest, Busy, LoramixError, TooLong, UnknownAdapter
-from loramix.library import check_fingerprint
+from loramix.errors import AdapterError, BadRequest, Busy, TooLong, UnknownAdapter
+from loramix.library import Library, check_fingerprint
 from loramix.mix import Mix
 
 GIB = 1 << 30
@@ -50,7 +52,9 @@ class LocalEngine:
     At most `max_batch` requests run at once and `max_queue` wait. A step computes up to
     `step_tokens` new tokens. Keys and values take at most `kv_bytes`: those of running requests
     first, and with `reuse` those of finished ones, for requests of the same mix that begin alike.
-    While the engine is open the base's model is its own.
+    Adapters that a mix names are read from `library` when first needed; in memory they take at most
+    `adapter_bytes`, and idle ones leave, longest unused first. While the engine is open the base's
+    model is its own.
 
     Raises EngineError for a model that it cannot serve exactly, BaseMismatch for an adapter that
     does not fit.
@@ -60,15 +64,18 @@ class LocalEngine:
         self,
         base: Base,
         adapters: Iterable[Adapter] = (),
+        library: Library | None = None,
         *,
         max_batch: int = 32,
         max_queue: int = 1024,
         step_tokens: int = 512,
         kv_bytes: int = 2 * GIB,
         reuse: bool = True,
+        adapter_bytes: int = sys.maxsize,
     ) -> None:
         self._token_bytes = require_exact(base.model)
         self.base = base
+        self.library = library
         self.context = exact_context(base)
         self.cache = PrefixCache(kv_bytes if reuse else 0)
         self._scheduler = Scheduler(
@@ -80,8 +87,10 @@ class LocalEngine:
             kv_bytes=kv_bytes,
         )
         self._core = Core(base.model, self._scheduler)
-        self._bound: dict[str, str] = {}  # what a name means now: the adapter as bound in the core
-        self._lock = threading.Lock()  # a mix is resolved and its task posted before names change
+        self._residents = Residents(adapter_bytes)
+        self._lock = threading.Lock()  # of the residents; nobody who has it waits for the core
+        self._released = threading.Condition(self._lock)  # some request let its adapters go
+        self._adding = threading.Lock()  # one adapter after another
         self._generation = base.model.generation_config
         self._vocabulary = vocabulary_size(base.model)
         self._core.start()
@@ -110,31 +119,43 @@ class LocalEngine:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names that a mix can have, sorted."""
+        """The names of the adapters in memory, sorted."""
         with self._lock:
-            return tuple(sorted(self._bound))
+            return tuple(self._residents.names)
 
-    def add(self, adapter: Adapter, *, aligned: bool = True) -> None:
+    def add(self, adapter: Adapter, *, aligned: bool = True, pinned: bool = False) -> None:
         """Add an adapter, or replace the one of its name, for requests that come from now on.
 
         It takes the base's precision, or keeps its own if not `aligned` (a float32 adapter on a
-        bfloat16 base). Requests at work keep the content they began with. Raises BaseMismatch.
+        bfloat16 base). If `pinned` it stays, however long it is not used. Requests at work keep the
+        content they began with. Raises BaseMismatch, AdapterError for one larger than all may be
+        together, Busy if those at work leave no room.
         """
-        check_fingerprint(adapter, self.base)
-        bound = f"{adapter.name}@{adapter.digest}{'' if aligned else '@own'}"
-        self._core.bind(adapter, bound, self.base.dtype if aligned else None)
-        with self._lock:
-            replaced = self._bound.get(adapter.name)
-            self._bound[adapter.name] = bound
-            if replaced is not None:
-                self._core.unbind(replaced)
+        with self._adding:
+            self._add(adapter, aligned, pinned)
 
     def remove(self, name: str) -> None:
-        """Take no more requests for an adapter; those at work finish. Raises UnknownAdapter."""
+        """Forget an adapter in memory; requests at work finish. Raises UnknownAdapter.
+
+        One that the library holds is read again when a mix names it.
+        """
         with self._lock:
-            if name not in self._bound:
-                raise UnknownAdapter(name, self._bound)
-            self._core.unbind(self._bound.pop(name))
+            if name not in self._residents:
+                raise UnknownAdapter(name, self._residents.names)
+            self._core.unbind(self._residents.remove(name).bound)
+
+    def _add(self, adapter: Adapter, aligned: bool, pinned: bool) -> None:
+        check_fingerprint(adapter, self.base)
+        dtype = self.base.dtype if aligned else None
+        bound = f"{adapter.name}@{adapter.digest}{'' if aligned else '@own'}"
+        resident = Resident(bound, adapter.size_bytes(dtype), pinned)
+        with self._lock:
+            for idle in self._residents.make_room(adapter.name, resident.size_bytes):
+                self._core.unbind(idle.bound)
+        self._core.bind(adapter, bound, dtype)
+        with self._lock:
+            if replaced := self._residents.put(adapter.name, resident):
+                self._core.unbind(replaced.bound)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer all requests as one running batch, in order; wait while the queue is full.
@@ -183,6 +204,7 @@ class LocalEngine:
 
         prompt = self._prompt(request)
         writer = self._writer(request, prompt, send)
+        await self._in_memory(request.mix)
         task = self._submit(self._job(request, prompt, writer), wait=False)
         task.done.add_done_callback(lambda _: send(None))
         try:
@@ -199,7 +221,7 @@ class LocalEngine:
     def _finish(self, jobs: Sequence[Job]) -> list[Task]:
         """Run all jobs to their end; if one fails, or the caller gives up, cancel the rest."""
         for job in jobs:
-            self._resolve(job.mix)
+            self._require_known(job.mix)
         tasks: list[Task] = []
         try:
             for job in jobs:
@@ -214,24 +236,83 @@ class LocalEngine:
     def _submit(self, job: Job, *, wait: bool) -> Task:
         if not self._scheduler.room.acquire(blocking=wait):
             raise Busy("The queue is full; try again when some requests have ended.")
+        held: list[Resident] = []
         try:
-            with self._lock:
-                weights = self._resolve(job.mix)
-                key = " ".join([str(job.mix), *(name for name, _ in weights)])
-                first_read = job.num_prompt - 1
-                task = Task(list(job.tokens), first_read, weights, key, job.reader, job.limit)
-                self._core.submit(task)
-        except LoramixError:
+            held = self._hold(job.mix, wait=wait)
+            weights = tuple((r.bound, w) for r, w in zip(held, job.mix.values(), strict=True))
+            key = " ".join([str(job.mix), *(name for name, _ in weights)])
+            first_read = job.num_prompt - 1
+            task = Task(list(job.tokens), first_read, weights, key, job.reader, job.limit)
+            self._core.submit(task)
+        except BaseException:
+            self._release(held)
             self._scheduler.room.release()
             raise
+        task.done.add_done_callback(lambda _: self._release(held))
         return task
 
-    def _resolve(self, mix: Mix) -> tuple[tuple[str, float], ...]:
-        """The weights of a mix over adapters as bound in the core."""
-        for name in mix:
-            if name not in self._bound:
-                raise UnknownAdapter(name, self._bound)
-        return tuple((self._bound[name], weight) for name, weight in mix.items())
+    def _hold(self, mix: Mix, *, wait: bool) -> list[Resident]:
+        """The adapters of a mix, which stay in memory until they are released.
+
+        Without room for them: Busy, or `wait` until some are released. What was held by then is let
+        go meanwhile, so two who wait do not wait for each other.
+        """
+        alone = False
+        while True:
+            held: list[Resident] = []
+            try:
+                for name in mix:
+                    held.append(self._held(name))
+            except Busy:
+                if not wait:
+                    raise
+            else:
+                return held
+            finally:
+                if len(held) < len(mix):
+                    self._release(held)
+            with self._released:
+                if self._residents.num_users:
+                    self._released.wait(timeout=1)
+                elif alone:
+                    raise AdapterError(
+                        f"The adapters of {mix} take more than the {self._residents.limit_bytes:,} "
+                        f"bytes for all adapters; open the engine with more adapter_bytes."
+                    )
+                alone = not self._residents.num_users
+
+    def _held(self, name: str) -> Resident:
+        """One adapter, in memory and held; it is read from the library if it has to be."""
+        while True:
+            with self._lock:
+                if name in self._residents:
+                    return self._residents.hold(name)
+            with self._adding:
+                if name not in self.adapters:
+                    self._add(self._require_library(name).load(name), aligned=True, pinned=False)
+
+    def _release(self, held: Sequence[Resident]) -> None:
+        with self._released:
+            for resident in held:
+                self._residents.release(resident)
+            self._released.notify_all()
+
+    async def _in_memory(self, mix: Mix) -> None:
+        """Read the adapters of a mix that are not there yet, without holding up the event loop."""
+        self._require_known(mix)
+        if not set(mix) <= set(self.adapters):
+            self._release(await asyncio.to_thread(self._hold, mix, wait=False))
+
+    def _require_known(self, mix: Mix) -> None:
+        for name in set(mix) - set(self.adapters):
+            self._require_library(name)
+
+    def _require_library(self, name: str) -> Library:
+        """The library, which holds this adapter. Raises UnknownAdapter."""
+        known = self.library.names() if self.library else ()
+        if self.library is None or name not in known:
+            raise UnknownAdapter(name, {*known, *self.adapters})
+        return self.library
 
     def _writer(
         self, request: Request, prompt: Sequence[int], send: Callable[[Chunk], None]
