@@ -34,7 +34,7 @@ class Sampling:
     repetition_penalty: float | None = None  # divides logits of what was said; 1 is none
     presence_penalty: float = 0.0  # taken off the logit of a token that was said
     frequency_penalty: float = 0.0  # taken off for each time that it was said
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added, by token
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added, by token
     logprobs: int | None = None  # how many alternatives to report beside each token's own
 
     def __post_init__(self) -> None:
