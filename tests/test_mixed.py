@@ -157,7 +157,7 @@ def test_the_gates_end_with_the_pass():
     gates = Gates(("a",), torch.ones(1, 1, 1))
     with pytest.raises(RuntimeError), active.using(gates):
         raise RuntimeError
-    assert active.gates is None
+    assert active.gates == ()
 
 
 def test_gates_by_token_start_a_mix_inside_a_row():

@@ -7,6 +7,9 @@ g gives each rank column the weight its row gives to the adapter that owns it. A
 row of weights: no merge, no load. The engine serves through these layers and training learns
 through them, so what was trained is what is served.
 
+Side by side suits tokens of many requests, a few each. A long prompt has its own span of the row,
+and its own gates: it pays for the adapters of its mix alone.
+
 DoRA stays exact. With c = magnitude / |W + b a| per output, its update is
 dW x = c * (b a x) + (c - 1) * (W x): c is folded into b when the adapter is bound to the layer,
 and c - 1 is kept as the adapter's `gain`.
@@ -36,11 +39,16 @@ MAX_BLOCKS = 16  # sets of adapters whose side-by-side factors a layer remembers
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """The mixes of one forward pass: which adapters, and each row's weight for each of them."""
+    """Mixes of a forward pass: which adapters, and each row's weight for each of them.
+
+    They hold for all tokens, or for those of `span`: then the other tokens see none of these
+    adapters and do not pay for them.
+    """
 
     adapters: tuple[str, ...]  # K names
-    weights: Tensor  # [N, T, K], or [N, 1, K] when a row keeps one mix
+    weights: Tensor  # [N, T, K], or [N, 1, K] when a row keeps one mix; T of the span, if given
     dropout: float = 0.0  # share of the input that no adapter sees, while training
+    span: tuple[int, int] | None = None  # first token and the one after the last
 
 
 class ActiveMixes:
@@ -50,16 +58,17 @@ class ActiveMixes:
     live in one process, and a test needs no reset.
     """
 
-    gates: Gates | None = None
+    gates: tuple[Gates, ...] = ()
 
     @contextmanager
-    def using(self, gates: Gates) -> Iterator[None]:
-        assert self.gates is None, "forward passes do not nest"
+    def using(self, *gates: Gates) -> Iterator[None]:
+        """Gates of one forward pass; with several, each has a span and the spans are apart."""
+        assert not self.gates, "forward passes do not nest"
         self.gates = gates
         try:
             yield
         finally:
-            self.gates = None
+            self.gates = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +126,19 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, O]
         y: Tensor = self.base(x)
-        gates = self.active.gates
-        if gates is None or (block := self._block(gates.adapters)) is None:
-            return y
+        for gates in self.active.gates:
+            if (block := self._block(gates.adapters)) is None:
+                continue
+            if gates.span is None:
+                y = y + self._update(x, y, gates, block)
+            else:
+                part = y[..., slice(*gates.span), :]
+                update = self._update(x[..., slice(*gates.span), :], part, gates, block)
+                part += update.view(part.shape)  # OPT's layers take tokens without a batch
+        return y
+
+    def _update(self, x: Tensor, y: Tensor, gates: Gates, block: Block) -> Tensor:
+        """What the adapters add to the base's y, [N, T, O]."""
         scale = gates.weights[..., block.owner]  # [N, T, R]
         if gates.dropout:
             x = F.dropout(x, gates.dropout)
@@ -130,7 +149,7 @@ class MixedLinear(nn.Module):
         if block.gains is not None:
             wx = y if self.base.bias is None else y - self.base.bias
             update = update + (gates.weights[..., block.gain_owner].float() @ block.gains) * wx
-        return y + update.to(y.dtype)
+        return update.to(y.dtype)
 
     def _block(self, names: tuple[str, ...]) -> Block | None:
         """The factors of these adapters side by side; None if none of them touches this layer."""

@@ -98,7 +98,7 @@ def test_a_batch_lays_tasks_end_to_end_each_with_its_own_positions():
     assert batch.tokens == [100, 101, 102, 100, 101, 102, 103, 104]
     assert batch.positions == [0, 1, 2, 0, 1, 2, 3, 4]
     assert batch.read_rows == [2]
-    gates = batch.gates(torch.device("cpu"))
+    (gates,) = batch.gates(torch.device("cpu"))
     assert gates.adapters == ("a", "b")
     assert gates.weights[0].tolist() == [[0, 0.5]] * 3 + [[1, 2]] * 5
     queue.record(batch, torch.zeros(1, 3))
@@ -110,7 +110,7 @@ def test_a_batch_lays_tasks_end_to_end_each_with_its_own_positions():
 def test_only_adapters_at_work_are_in_the_gates():
     queue = scheduler()
     queue.add(task(2))
-    assert queue.next_batch().gates(torch.device("cpu")).adapters == ()
+    assert queue.next_batch().gates(torch.device("cpu")) == []
 
 
 def test_dropping_frees_memory_and_room_wherever_the_task_is():
@@ -171,3 +171,17 @@ def test_one_that_does_not_fit_yet_waits_and_nobody_overtakes_it():
     for item in (first, large, small):
         queue.add(item)
     assert run(queue) == [[(first, 4)], [(small, 1), (large, 8)], [(large, 1)]]
+
+
+def test_a_long_span_has_gates_of_its_own():
+    queue = scheduler(max_batch=5, step_tokens=60)
+    sizes_and_weights = [(1, "a"), (2, "b"), (20, "a"), (3, None), (17, None)]
+    for size, name in sizes_and_weights:
+        queue.add(task(size, weights=((name, 0.5),) if name else ()))
+    found = queue.next_batch().gates(torch.device("cpu"))
+    assert [(gates.adapters, gates.span) for gates in found] == [
+        (("a", "b"), (0, 3)),
+        (("a",), (3, 23)),
+    ]
+    assert found[0].weights[0].tolist() == [[0.5, 0], [0, 0.5], [0, 0.5]]
+    assert found[1].weights.shape == (1, 20, 1)

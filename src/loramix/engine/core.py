@@ -102,7 +102,7 @@ class Core:
     def forward(self, batch: Batch) -> Tensor:
         """Logits [M, V] in float32 of the rows that are read; the batch's histories grow."""
         device = self.model.device
-        with torch.inference_mode(), self.mixed.active.using(batch.gates(device)):
+        with torch.inference_mode(), self.mixed.active.using(*batch.gates(device)):
             with packed(self._configs):
                 output = self.model(
                     input_ids=torch.tensor([batch.tokens], device=device),

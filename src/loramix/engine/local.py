@@ -73,7 +73,7 @@ class LocalEngine:
         reuse: bool = True,
         adapter_bytes: int = sys.maxsize,
     ) -> None:
-        self._token_bytes = require_exact(base.model)
+        self.token_bytes = require_exact(base.model)  # of keys and values
         self.base = base
         self.library = library
         self.context = exact_context(base)
@@ -83,7 +83,7 @@ class LocalEngine:
             max_batch=max_batch,
             max_queue=max_queue,
             step_tokens=step_tokens,
-            token_bytes=self._token_bytes,
+            token_bytes=self.token_bytes,
             kv_bytes=kv_bytes,
         )
         self._core = Core(base.model, self._scheduler)
@@ -376,7 +376,7 @@ class LocalEngine:
                 f"The prompt has {num_prompt} tokens and up to {num_more} are to follow, but this "
                 f"base holds {self.context} together; shorten the prompt or lower max_tokens."
             )
-        needed, budget = (num_prompt + num_more - 1) * self._token_bytes, self._scheduler.kv_bytes
+        needed, budget = (num_prompt + num_more - 1) * self.token_bytes, self._scheduler.kv_bytes
         if needed > budget:
             raise TooLong(
                 f"The prompt's {num_prompt} tokens and up to {num_more} more take {needed:,} bytes "

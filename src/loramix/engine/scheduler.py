@@ -24,6 +24,8 @@ from loramix.engine.cache import History, PrefixCache
 from loramix.errors import EngineError
 from loramix.mixed import Gates
 
+OWN_GATES = 16  # tokens from which a span has gates of its own (see mixed.py)
+
 
 class Reader(Protocol):
     """What becomes of a task's logits: text that is written, or a score."""
@@ -109,16 +111,28 @@ class Batch:
             for row in range(part.span.end - part.num_read, part.span.end)
         ]
 
-    def gates(self, device: torch.device) -> Gates:
-        """One row of weights per token, [1, N, K], over the adapters that are present."""
-        names = sorted({name for part in self.parts for name, _ in part.task.weights})
-        column = {name: k for k, name in enumerate(names)}
-        rows = torch.zeros(len(self.parts), len(names))
-        for n, part in enumerate(self.parts):
-            for name, weight in part.task.weights:
-                rows[n, column[name]] = weight
-        lengths = torch.tensor([span.num_rows for span in self.spans])
-        return Gates(tuple(names), rows.repeat_interleave(lengths, dim=0)[None].to(device))
+    def gates(self, device: torch.device) -> list[Gates]:
+        """The mixes of the step: of long spans by themselves, of short ones side by side."""
+        groups: list[list[Part]] = []
+        for part in self.parts:
+            if groups and part.span.num_rows < OWN_GATES > groups[-1][-1].span.num_rows:
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        return [_gates(group, device) for group in groups if any(p.task.weights for p in group)]
+
+
+def _gates(parts: Sequence[Part], device: torch.device) -> Gates:
+    """One row of weights per token of neighbouring parts, [1, T, K], over their adapters."""
+    names = sorted({name for part in parts for name, _ in part.task.weights})
+    column = {name: k for k, name in enumerate(names)}
+    rows = torch.zeros(len(parts), len(names))
+    for n, part in enumerate(parts):
+        for name, weight in part.task.weights:
+            rows[n, column[name]] = weight
+    lengths = torch.tensor([part.span.num_rows for part in parts])
+    weights = rows.repeat_interleave(lengths, dim=0)[None].to(device)
+    return Gates(tuple(names), weights, span=(parts[0].span.start, parts[-1].span.end))
 
 
 def step_failed(error: Exception) -> EngineError:
