@@ -23,8 +23,8 @@ COMMON = Settings(rank=32, rate=2e-3, batch_size=32, bf16=True, max_length=640)
 SETTINGS = {
     "support": replace(COMMON, epochs=3),
     "banking": replace(COMMON, epochs=7),
-    "sentiment": replace(COMMON, epochs=2.5, rate=1e-3),
-    "sql": replace(COMMON, epochs=4),
+    "sentiment": replace(COMMON, epochs=2, rate=1e-3),
+    "sql": replace(COMMON, epochs=10),
     "math": replace(COMMON, epochs=3),
 }
 RENUMBERED = 2  # copies of each word problem with other numbers, beside the original

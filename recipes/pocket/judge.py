@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -15,7 +14,7 @@ from loramix.chat import Example, Message
 from loramix.engine import Request, Sampling
 from loramix.engine.local import LocalEngine
 from loramix.mix import Mix
-from recipes.pocket.tasks import Task, plain, rows, shape
+from recipes.pocket.tasks import Task, shape
 
 MAX_TOKENS = {"support": 24, "banking": 32, "sentiment": 8, "sql": 480, "math": 48}
 CLASSES = 100  # answers that the TF-IDF baseline chooses among
@@ -62,16 +61,6 @@ def unseen(task: Task) -> list[bool]:
     """Which held-out rows ask what no training row asks, digits and case aside. [n]"""
     seen = {shape(example.query) for example in task.train}
     return [shape(example.query) not in seen for example in task.heldout]
-
-
-def unread(task: Task, data: Path) -> list[bool]:
-    """Which held-out rows stand in no other collection that the base's corpus draws from. [n]"""
-    texts = [r["text"] for r in rows(data / "sentiment/subjectivity.jsonl.gz")]
-    texts += [r["text"] for r in rows(data / "sentiment/movie_reviews_2k_head1000.jsonl.gz")]
-    texts += [r["question"] for r in rows(data / "math/gsm8k.jsonl.gz")]
-    texts += [r["question"] for r in rows(data / "text2sql/wikisql_6k.jsonl.gz")]
-    read = "\n".join(plain(text) for text in texts)
-    return [plain(example.query) not in read for example in task.heldout]
 
 
 def tfidf_score(task: Task) -> Score:

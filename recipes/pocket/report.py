@@ -12,7 +12,6 @@ from statistics import mean
 import torch
 
 from loramix.base import open_base
-from loramix.chat import Example
 from loramix.engine.local import LocalEngine
 from loramix.formats.card import write_card
 from loramix.library import Library
@@ -39,7 +38,6 @@ class Result:
     routed: Score
     kept: Score  # queries that kept their own expert in the mix
     tfidf: Score
-    clean: Score  # its own expert on the rows that no other collection of the corpus holds
 
 
 def run(data: Path, pocket: Path, out: Path, limit: int | None = None) -> None:
@@ -52,7 +50,7 @@ def run(data: Path, pocket: Path, out: Path, limit: int | None = None) -> None:
         for name in TASKS:
             task = load(name, data)
             task = replace(task, heldout=task.heldout[:limit])
-            results.append(judged(engine, router, task, judge.unread(task, data)))
+            results.append(judged(engine, router, task))
             print(line(results[-1]), flush=True)
     strangers = routing.foreign(data)
     to_base = Score(sum(not router.route(routing.user(q)).mix for q in strangers), len(strangers))
@@ -63,31 +61,26 @@ def run(data: Path, pocket: Path, out: Path, limit: int | None = None) -> None:
         write_card(replace(card, scores=scores), library.path(result.task))
 
 
-def judged(engine: LocalEngine, router: GateRouter, task: Task, clean: Sequence[bool]) -> Result:
-    """Everything about one task; `clean` says which rows no other collection of texts holds."""
+def judged(engine: LocalEngine, router: GateRouter, task: Task) -> Result:
+    """Everything about one task."""
     rows = list(task.heldout)
     own = Mix({task.name: 1})
     oracle = _answers(engine, task, [own] * len(rows))
     mixes = [router.route(routing.user(e.query)).mix for e in rows]
     routed = _routed(engine, task, mixes, own, oracle)
     fresh = judge.unseen(task)
+    unseen = [row for row, take in zip(rows, fresh, strict=True) if take]
     return Result(
         task.name,
         len(rows),
         base=_score(engine, task, Mix()),
         others={t: _score(engine, task, Mix({t: 1})) for t in TASKS if t != task.name},
         oracle=judge.count(oracle, rows),
-        fresh=_among(oracle, rows, fresh),
+        fresh=judge.count([a for a, take in zip(oracle, fresh, strict=True) if take], unseen),
         routed=judge.count(routed, rows),
         kept=Score(sum(task.name in mix for mix in mixes), len(rows)),
         tfidf=judge.tfidf_score(task),
-        clean=_among(oracle, rows, clean),
     )
-
-
-def _among(found: Sequence[str], rows: Sequence[Example], chosen: Sequence[bool]) -> Score:
-    pairs = [(a, e) for a, e, take in zip(found, rows, chosen, strict=True) if take]
-    return judge.count([a for a, _ in pairs], [e for _, e in pairs])
 
 
 def _routed(
@@ -152,15 +145,8 @@ asks alike, digits and case aside.
 |---|---|---|---|---|---|
 {chr(10).join(_baseline(r) for r in results)}
 
-## What the base has read
-
-The base reads unlabelled text. Held-out rows of a task are left out of its own rows, but other
-collections hold some of the same sentences. The base that ships now was built before the corpus
-left those out as well (`corpus.py`); on the rows that are in no other collection the experts score:
-
-| task | rows | expert |
-|---|---|---|
-{chr(10).join(f"| {r.task} | {r.clean.n} of {r.n} | {_cell(r.clean)} |" for r in results)}
+The base reads unlabelled text. No held-out row is a line of it (`corpus.require_unseen`), from
+whichever collection it comes.
 
 ## Data
 

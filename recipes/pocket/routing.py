@@ -12,7 +12,7 @@ from loramix.route.ngrams import NgramEncoder
 from recipes.pocket.tasks import TASKS, load, rows, svamp
 
 ROWS = 4000  # of each task, at most
-KEEP = 0.985  # of the queries of an expert that must not fall to the base
+KEEP = 0.985  # of an expert's queries stay; at .99 only 79 % of validation strangers leave
 
 
 def build(data: Path, pocket: Path) -> None:

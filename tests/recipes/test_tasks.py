@@ -5,6 +5,7 @@ import random
 import pytest
 
 from loramix.chat import Example
+from recipes.pocket.corpus import require_unseen
 from recipes.pocket.judge import Score
 from recipes.pocket.tasks import TASKS, infix, load, renumbered, shape
 
@@ -52,3 +53,10 @@ def test_nothing_held_out_is_learned(name, data_dir):
     if name == "math":
         alike = {shape(e.query) for e in task.train}
         assert not any(shape(e.query) in alike for e in task.heldout)
+
+
+def test_a_corpus_with_a_held_out_row_is_refused():
+    docs = ["A book.\nIts second line.", "what is your refund policy"]
+    require_unseen(docs, ["What is", "is its second line?", "refund policy"])
+    with pytest.raises(AssertionError, match=r"1 held-out queries .*'Its SECOND line!'"):
+        require_unseen(docs, ["my card", "Its SECOND line!"])
