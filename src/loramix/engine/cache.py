@@ -94,13 +94,12 @@ class PrefixCache:
         It is a copy, to grow to `limit` tokens at most.
         """
         wanted = np.asarray(tokens, dtype=np.int64)
+        raw = wanted.tobytes()
         best, best_name = 0, None
-        for name in self._entries:
-            if (
-                name[0] == key
-                and (shared := _shared(wanted, np.frombuffer(name[1], np.int64))) > best
-            ):
-                best, best_name = shared, name
+        for name in self._entries:  # one that shares a token more than the best so far is better
+            more = 8 * (best + 1)
+            if best < len(wanted) and name[0] == key and name[1][:more] == raw[:more]:
+                best, best_name = _shared(wanted, np.frombuffer(name[1], np.int64)), name
         if best_name is None:
             return History(limit)
         self._entries.move_to_end(best_name)
