@@ -25,7 +25,9 @@ from loramix.errors import (
 )
 from loramix.formats import peft
 from loramix.library import Library
+from loramix.lora import Pair
 from loramix.mix import Mix
+from loramix.mixed import linear_shapes
 from tests.tiny import folded, random_adapter, tiny_base, tiny_model
 
 PROMPTS = ("the cat", "in", "on the other hand we see a thing that is longer", "a")
@@ -511,14 +513,14 @@ def test_adapters_are_read_when_a_mix_names_them_and_leave_when_others_need_the_
         wait_until(lambda: len(engine._core.mixed.digests) == 2)
         with pytest.raises(UnknownAdapter, match="Did you mean 'a'"):
             engine.generate([greedy("the", Mix.parse("aa"))])
-        with pytest.raises(AdapterError, match=f"take more than the {2 * size:,} bytes"):
+        with pytest.raises(AdapterError, match=f"beside {2 * size:,} of the same mix"):
             engine.generate([greedy("the", Mix.parse("a+b+c"))])
-        assert engine._residents.num_users == 0
 
 
-def test_a_pinned_adapter_stays_and_one_at_work_makes_others_wait(base, tmp_path):
+def test_given_adapters_stay_and_one_at_work_makes_others_wait(base, tmp_path):
     library = shelf_of(base.model, tmp_path)
-    size = library.load("a").size_bytes()
+    given = random_adapter(base.model, "given", rank=2)
+    size = given.size_bytes()
 
     async def crowd(engine):
         stream = engine.stream(greedy("the", Mix.parse("b"), max_tokens=50))
@@ -529,11 +531,101 @@ def test_a_pinned_adapter_stays_and_one_at_work_makes_others_wait(base, tmp_path
             await stream.aclose()
         return [text async for text in engine.stream(greedy("the", Mix.parse("c")))]
 
-    with LocalEngine(base, library=library, adapter_bytes=2 * size) as engine:
-        engine.add(library.load("a"), pinned=True)
+    with LocalEngine(base, [given], library, adapter_bytes=2 * size) as engine:
         assert asyncio.run(crowd(engine))
-        assert engine.adapters == ("a", "c")
-        with pytest.raises(AdapterError, match="all adapters together may take"):
+        assert engine.adapters == ("c", "given")
+        with pytest.raises(AdapterError, match=f"beside 0 of the same mix and {size:,} that stay"):
             engine.add(random_adapter(base.model, "large", rank=20))
-        with pytest.raises(AdapterError, match="take more than"):
-            engine.generate([greedy("the", Mix.parse("b+c"))])
+        for ask in (engine.generate, lambda r: asyncio.run(texts(engine, r[0]))):
+            with pytest.raises(AdapterError, match=f"beside {size:,} of the same mix"):
+                ask([greedy("the", Mix.parse("b+c"))])
+        mixes = [Mix.parse(name) for name in ("given", "a", "given", "b")]
+        assert len(engine.generate([greedy("the", mix) for mix in mixes])) == 4
+
+
+class SlowShelf:
+    """A library that holds on before it gives this adapter."""
+
+    def __init__(self, library, name):
+        self.library, self.name = library, name
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def names(self):
+        return self.library.names()
+
+    def load(self, name):
+        if name == self.name:
+            self.asked.set()
+            assert self.go.wait(30)
+        return self.library.load(name)
+
+
+def test_an_adapter_removed_while_its_neighbour_is_read_is_still_that_requests(base, tmp_path):
+    shelf = SlowShelf(shelf_of(base.model, tmp_path), "b")
+    request = Request("the cat", Mix.parse("a+b"))
+    with LocalEngine(tiny_base(), [shelf.library.load(name) for name in "ab"]) as engine:
+        wanted = engine.score([request, Request("the cat", Mix.parse("a"))], [" in", " in"])
+    with LocalEngine(base, library=shelf) as engine:
+        engine.score([Request("the", Mix.parse("a"))], [" in"])
+        found = []
+        thread = threading.Thread(target=lambda: found.extend(engine.score([request], [" in"])))
+        thread.start()
+        assert shelf.asked.wait(30)
+        engine.remove("a")
+        shelf.go.set()
+        thread.join()
+        assert found == pytest.approx(wanted[:1], rel=1e-5)
+        assert engine.adapters == ("b",)
+        again = engine.score([Request("the cat", Mix.parse("a"))], [" in"])
+        assert again == pytest.approx(wanted[1:], rel=1e-5)
+        engine.remove("a")
+        wait_until(lambda: len(engine._core.mixed.digests) == 1)
+
+
+def test_a_stream_given_up_while_its_adapter_is_read_leaves_nothing_held(base, tmp_path):
+    shelf = SlowShelf(shelf_of(base.model, tmp_path), "b")
+
+    async def give_up(engine):
+        waiting = asyncio.ensure_future(texts(engine, greedy("the", Mix.parse("b"))))
+        await asyncio.to_thread(shelf.asked.wait, 30)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        shelf.go.set()
+
+    size = shelf.library.load("a").size_bytes()
+    with LocalEngine(base, library=shelf, adapter_bytes=size) as engine:
+        asyncio.run(give_up(engine))
+        assert engine.generate([greedy("the", Mix.parse("c"), max_tokens=2)])[0].num_tokens == 2
+
+
+def test_without_memory_for_a_prefix_it_is_computed_again(engine, monkeypatch):
+    wanted = engine.generate([greedy("the cat")])[0].tokens
+
+    def no_memory(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine.cache, "longest", no_memory)
+    answer = engine.generate([greedy("the cat")])[0]
+    assert (answer.tokens, answer.num_cached_tokens) == (wanted, 0)
+
+
+def test_an_adapted_output_layer_answers_as_folded_weights_do_beside_others(base):
+    shapes = linear_shapes(base.model)["lm_head"]
+    adapter = random_adapter(base.model, "head", rank=2)
+    head = Pair(torch.randn(2, shapes[1]) * 0.1, torch.randn(shapes[0], 2))
+    adapter = replace(adapter, pairs={**adapter.pairs, "lm_head": head})
+    mixes = [Mix(), Mix.parse("head:0.7"), Mix()]
+    longer = "on the other hand we see a thing that is longer"
+    wanted = []
+    for prompt, mix in zip(("the", longer, "a"), mixes, strict=True):
+        ids = torch.tensor([base.tokenizer(prompt)["input_ids"]])
+        model = folded(base.model, mix, {"head": adapter})
+        output = model.generate(ids, max_new_tokens=10, do_sample=False)
+        wanted.append(tuple(output[0, ids.shape[1] :].tolist()))
+    with LocalEngine(base, [adapter]) as engine:
+        requests = [
+            greedy(prompt, mix, max_tokens=10)
+            for prompt, mix in zip(("the", longer, "a"), mixes, strict=True)
+        ]
+        assert [answer.tokens for answer in engine.generate(requests)] == wanted

@@ -61,6 +61,7 @@ def test_repetition_and_bias_are_those_of_transformers(penalty, bias, tokens):
 
 
 def test_presence_and_frequency_count_the_answer_only():
+    assert Sampler(Sampling(presence_penalty=1, frequency_penalty=1), GREEDY).frequency == 1
     sampling = Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
     sampler = Sampler(sampling, GREEDY, prompt=(1, 2, 3))
     logits = torch.tensor([0.0, 0.0, 0.0, 3.0])
@@ -145,7 +146,8 @@ def test_end_tokens_are_the_models_own(eos, expected):
         *({"repetition_penalty": value} for value in (0, -1, math.nan, math.inf)),
         *({"presence_penalty": value} for value in (101, math.nan)),
         *({"frequency_penalty": value} for value in (-101, math.nan)),
-        *({"logit_bias": {3: value}} for value in (math.inf, math.nan)),
+        *({"logit_bias": {3: value}} for value in (math.inf, math.nan, 1001, 10**400)),
+        *({"logit_bias": {token: 1.0}} for token in ("5", 5.0, True)),
         *({"logprobs": value} for value in (-1, 21, 1.5, True)),
         {"stop": "text"},
     ],

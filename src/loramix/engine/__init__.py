@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -12,6 +11,7 @@ from loramix.errors import BadRequest
 from loramix.mix import Mix
 
 Finish = Literal["stop", "length", "cancelled"]
+MAX_BIAS = 1000  # more would change nothing: logits are tens
 MAX_LOGPROBS = 20  # alternatives that can be asked for at each token, as in OpenAI's API
 
 
@@ -52,8 +52,12 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -100 <= getattr(self, name) <= 100:
                 raise BadRequest(f"{name} is {getattr(self, name)}; expected -100 to 100.")
-        if not all(math.isfinite(value) for value in self.logit_bias.values()):
-            raise BadRequest("logit_bias holds a value that is not finite; expected numbers.")
+        for token, value in self.logit_bias.items():
+            if type(token) is not int or not -MAX_BIAS <= value <= MAX_BIAS:
+                raise BadRequest(
+                    f"logit_bias of {token!r} cannot be used; expected whole numbers as tokens and "
+                    f"values of -{MAX_BIAS} to {MAX_BIAS}."
+                )
         known = self.logprobs is None or type(self.logprobs) is int
         if not known or not 0 <= (self.logprobs or 0) <= MAX_LOGPROBS:
             raise BadRequest(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from loramix.adapter import Adapter
 from loramix.engine.attention import StepCache, configs, packed
 from loramix.engine.scheduler import Batch, Scheduler, Task, step_failed
 from loramix.errors import EngineError
-from loramix.mixed import MixedModel, check_fit, linear_shapes
+from loramix.mixed import MixedLinear, MixedModel, check_fit, linear_shapes
 
 CLOSED = "The engine is closed; open a new one."
 
@@ -102,6 +103,11 @@ class Core:
     def forward(self, batch: Batch) -> Tensor:
         """Logits [M, V] in float32 of the rows that are read; the batch's histories grow."""
         device = self.model.device
+        rows = torch.tensor(batch.read_rows, device=device)
+        # The gates count the tokens of the whole row, so an adapted output layer must see it whole.
+        model: Any = self.model
+        head = model.get_output_embeddings()
+        whole = isinstance(head, MixedLinear) and bool(head.bound)
         with torch.inference_mode(), self.mixed.active.using(*batch.gates(device)):
             with packed(self._configs):
                 output = self.model(
@@ -109,10 +115,10 @@ class Core:
                     position_ids=torch.tensor([batch.positions], device=device),
                     past_key_values=StepCache(batch.spans),
                     use_cache=True,
-                    logits_to_keep=torch.tensor(batch.read_rows, device=device),
+                    logits_to_keep=0 if whole else rows,
                 )
-            logits: Tensor = output.logits[0].float()
-            return logits
+            logits: Tensor = output.logits[0]
+            return (logits[rows] if whole else logits).float()
 
     def _run(self) -> None:
         try:

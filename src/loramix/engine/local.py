@@ -28,7 +28,7 @@ from loramix.engine.residents import Resident, Residents
 from loramix.engine.sampler import Sampler, end_tokens
 from loramix.engine.scheduler import Reader, Scheduler, Task
 from loramix.engine.text import Detokenizer, StopStrings
-from loramix.errors import AdapterError, BadRequest, Busy, TooLong, UnknownAdapter
+from loramix.errors import BadRequest, Busy, EngineError, TooLong, UnknownAdapter
 from loramix.library import Library, check_fingerprint
 from loramix.mix import Mix
 
@@ -52,9 +52,10 @@ class LocalEngine:
     At most `max_batch` requests run at once and `max_queue` wait. A step computes up to
     `step_tokens` new tokens. Keys and values take at most `kv_bytes`: those of running requests
     first, and with `reuse` those of finished ones, for requests of the same mix that begin alike.
-    Adapters that a mix names are read from `library` when first needed; in memory they take at most
-    `adapter_bytes`, and idle ones leave, longest unused first. While the engine is open the base's
-    model is its own.
+    Adapters take at most `adapter_bytes`, not counting the side-by-side copies of up to 16 recent
+    sets of them. Those that a mix names are read from `library` when first needed, and idle ones of
+    these leave, longest unused first; those given to the engine stay. While the engine is open the
+    base's model is its own.
 
     Raises EngineError for a model that it cannot serve exactly, BaseMismatch for an adapter that
     does not fit.
@@ -123,16 +124,16 @@ class LocalEngine:
         with self._lock:
             return tuple(self._residents.names)
 
-    def add(self, adapter: Adapter, *, aligned: bool = True, pinned: bool = False) -> None:
+    def add(self, adapter: Adapter, *, aligned: bool = True) -> None:
         """Add an adapter, or replace the one of its name, for requests that come from now on.
 
         It takes the base's precision, or keeps its own if not `aligned` (a float32 adapter on a
-        bfloat16 base). If `pinned` it stays, however long it is not used. Requests at work keep the
-        content they began with. Raises BaseMismatch, AdapterError for one larger than all may be
-        together, Busy if those at work leave no room.
+        bfloat16 base), and stays until it is removed or replaced. Requests at work keep the content
+        they began with. Raises BaseMismatch, AdapterError for one larger than all may be together,
+        Busy if those at work leave no room.
         """
         with self._adding:
-            self._add(adapter, aligned, pinned)
+            self._add(adapter, aligned=aligned, pinned=True)
 
     def remove(self, name: str) -> None:
         """Forget an adapter in memory; requests at work finish. Raises UnknownAdapter.
@@ -142,26 +143,31 @@ class LocalEngine:
         with self._lock:
             if name not in self._residents:
                 raise UnknownAdapter(name, self._residents.names)
-            self._core.unbind(self._residents.remove(name).bound)
+            self._unbind(self._residents.remove(name))
 
-    def _add(self, adapter: Adapter, aligned: bool, pinned: bool) -> None:
+    def _add(self, adapter: Adapter, *, aligned: bool, pinned: bool, beside_bytes: int = 0) -> None:
         check_fingerprint(adapter, self.base)
         dtype = self.base.dtype if aligned else None
         bound = f"{adapter.name}@{adapter.digest}{'' if aligned else '@own'}"
         resident = Resident(bound, adapter.size_bytes(dtype), pinned)
         with self._lock:
-            for idle in self._residents.make_room(adapter.name, resident.size_bytes):
-                self._core.unbind(idle.bound)
+            size_bytes = resident.size_bytes
+            self._unbind(self._residents.make_room(adapter.name, size_bytes, beside_bytes))
         self._core.bind(adapter, bound, dtype)
         with self._lock:
-            if replaced := self._residents.put(adapter.name, resident):
-                self._core.unbind(replaced.bound)
+            self._unbind(self._residents.put(adapter.name, resident))
+
+    def _unbind(self, gone: Iterable[Resident]) -> None:
+        with contextlib.suppress(EngineError):  # closed: nothing is bound any more
+            for resident in gone:
+                self._core.unbind(resident.bound)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer all requests as one running batch, in order; wait while the queue is full.
 
-        All are checked before any is begun. Raises BadRequest, TooLong, UnknownAdapter, or
-        EngineError when one of them fails; the others are then cancelled.
+        All are checked before any is begun. Raises BadRequest, TooLong, UnknownAdapter, and when
+        one of them fails EngineError, or AdapterError if it was an adapter that cannot be read or
+        does not fit; the others are then cancelled.
         """
         prompts = [self._prompt(request) for request in requests]
         writers = [self._writer(r, p, _ignore) for r, p in zip(requests, prompts, strict=True)]
@@ -193,7 +199,8 @@ class LocalEngine:
     async def stream(self, request: Request) -> AsyncIterator[Chunk]:
         """Join the running batch and yield text as it comes; closing the iterator cancels.
 
-        Raises BadRequest, TooLong, UnknownAdapter, Busy when the queue is full, EngineError.
+        Raises BadRequest, TooLong, UnknownAdapter, AdapterError, Busy when the queue or the memory
+        for adapters is full, EngineError.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Chunk | None] = asyncio.Queue()
@@ -254,54 +261,48 @@ class LocalEngine:
     def _hold(self, mix: Mix, *, wait: bool) -> list[Resident]:
         """The adapters of a mix, which stay in memory until they are released.
 
-        Without room for them: Busy, or `wait` until some are released. What was held by then is let
-        go meanwhile, so two who wait do not wait for each other.
+        Without room for them while others are at work: Busy, or `wait`. What was held by then is
+        let go meanwhile, so two who wait do not wait for each other.
         """
-        alone = False
         while True:
             held: list[Resident] = []
             try:
                 for name in mix:
-                    held.append(self._held(name))
+                    held.append(self._held(name, beside=held))
+                return held
             except Busy:
                 if not wait:
                     raise
-            else:
-                return held
             finally:
                 if len(held) < len(mix):
                     self._release(held)
             with self._released:
-                if self._residents.num_users:
-                    self._released.wait(timeout=1)
-                elif alone:
-                    raise AdapterError(
-                        f"The adapters of {mix} take more than the {self._residents.limit_bytes:,} "
-                        f"bytes for all adapters; open the engine with more adapter_bytes."
-                    )
-                alone = not self._residents.num_users
+                self._released.wait(timeout=1)
 
-    def _held(self, name: str) -> Resident:
+    def _held(self, name: str, beside: Sequence[Resident]) -> Resident:
         """One adapter, in memory and held; it is read from the library if it has to be."""
+        beside_bytes = sum(resident.size_bytes for resident in beside if not resident.pinned)
         while True:
             with self._lock:
                 if name in self._residents:
                     return self._residents.hold(name)
             with self._adding:
                 if name not in self.adapters:
-                    self._add(self._require_library(name).load(name), aligned=True, pinned=False)
+                    adapter = self._require_library(name).load(name)
+                    self._add(adapter, aligned=True, pinned=False, beside_bytes=beside_bytes)
 
     def _release(self, held: Sequence[Resident]) -> None:
         with self._released:
             for resident in held:
-                self._residents.release(resident)
+                self._unbind(self._residents.release(resident))
             self._released.notify_all()
 
     async def _in_memory(self, mix: Mix) -> None:
         """Read the adapters of a mix that are not there yet, without holding up the event loop."""
         self._require_known(mix)
         if not set(mix) <= set(self.adapters):
-            self._release(await asyncio.to_thread(self._hold, mix, wait=False))
+            # Released there too: who stops waiting for it must not leave it held.
+            await asyncio.to_thread(lambda: self._release(self._hold(mix, wait=False)))
 
     def _require_known(self, mix: Mix) -> None:
         for name in set(mix) - set(self.adapters):

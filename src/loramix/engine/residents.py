@@ -1,4 +1,7 @@
-"""Which adapters are in memory, within a budget of bytes: idle ones leave, longest unused first."""
+"""Which adapters are in memory, within a budget of bytes: idle ones leave, longest unused first.
+
+The budget counts each adapter once; layers keep side-by-side copies of recent sets besides.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ class Resident:
     bound: str  # its name in the model, which says its content too
     size_bytes: int
     pinned: bool = False  # stays until it is removed or replaced
-    num_users: int = 0  # requests at work with it
+    num_users: int = 0  # requests that hold it
 
 
 class Residents:
-    """The adapters that a name means now, and those that requests at work still hold.
+    """The adapters that a name means now, and those that requests still hold.
 
-    Not thread-safe.
+    What a method returns has left: nobody holds it and no name means it. Not thread-safe.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -40,10 +43,6 @@ class Residents:
     def size_bytes(self) -> int:
         return sum(resident.size_bytes for resident in self._all())
 
-    @property
-    def num_users(self) -> int:
-        return sum(resident.num_users for resident in self._all())
-
     def hold(self, name: str) -> Resident:
         """Use an adapter: it does not leave before `release`."""
         resident = self._entries[name]
@@ -51,20 +50,25 @@ class Residents:
         resident.num_users += 1
         return resident
 
-    def release(self, resident: Resident) -> None:
+    def release(self, resident: Resident) -> list[Resident]:
         resident.num_users -= 1
-        if not resident.num_users and resident in self._leaving:
-            self._leaving.remove(resident)
+        if resident.num_users or resident not in self._leaving:
+            return []
+        self._leaving.remove(resident)
+        return [resident]
 
-    def make_room(self, name: str, size_bytes: int) -> list[Resident]:
+    def make_room(self, name: str, size_bytes: int, beside_bytes: int = 0) -> list[Resident]:
         """Take idle adapters out until one of this size, to be called `name`, fits.
 
-        Raises AdapterError if it never fits, Busy if too many are at work; nothing leaves then.
+        `beside_bytes` are held by whoever asks. Raises AdapterError if it cannot fit beside those
+        and the pinned ones, Busy if others are held; nothing leaves then.
         """
-        if size_bytes > self.limit_bytes:
+        pinned = sum(r.size_bytes for n, r in self._entries.items() if r.pinned and n != name)
+        if size_bytes + beside_bytes + pinned > self.limit_bytes:
             raise AdapterError(
-                f"{name!r} takes {size_bytes:,} bytes, but all adapters together may take "
-                f"{self.limit_bytes:,}; open the engine with more adapter_bytes."
+                f"{name!r} takes {size_bytes:,} bytes, beside {beside_bytes:,} of the same mix and "
+                f"{pinned:,} that stay, but all adapters together may take {self.limit_bytes:,}; "
+                f"open the engine with more adapter_bytes."
             )
         replaced = self._entries.get(name)
         room = self.limit_bytes - self.size_bytes
@@ -83,17 +87,18 @@ class Residents:
             room += self._entries[going[-1]].size_bytes
         return [self._entries.pop(other) for other in going]
 
-    def put(self, name: str, resident: Resident) -> Resident | None:
-        """Have a name mean this adapter; the one that it meant before, which leaves when idle."""
-        replaced = self.remove(name) if name in self._entries else None
+    def put(self, name: str, resident: Resident) -> list[Resident]:
+        """Have a name mean this adapter."""
+        replaced = self.remove(name) if name in self._entries else []
         self._entries[name] = resident
         return replaced
 
-    def remove(self, name: str) -> Resident:
+    def remove(self, name: str) -> list[Resident]:
         resident = self._entries.pop(name)
-        if resident.num_users:
-            self._leaving.append(resident)
-        return resident
+        if not resident.num_users:
+            return [resident]
+        self._leaving.append(resident)
+        return []
 
     def _all(self) -> list[Resident]:
         return [*self._entries.values(), *self._leaving]

@@ -30,7 +30,8 @@ class Sampler:
         self.top_k = int(_first(sampling.top_k, config.top_k, 0))  # 0 is all
         self.min_p = float(_first(sampling.min_p, config.min_p, 0.0))
         self.repetition = float(_first(sampling.repetition_penalty, config.repetition_penalty, 1.0))
-        self.presence, self.frequency = sampling.presence_penalty, sampling.frequency_penalty
+        self.presence = float(sampling.presence_penalty)
+        self.frequency = float(sampling.frequency_penalty)
         self.bias = dict(sampling.logit_bias)
         self._seen = set(prompt) if self.repetition != 1 else set()
         self._said: list[int] = []

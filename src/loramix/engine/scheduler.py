@@ -220,9 +220,14 @@ class Scheduler:
             left = self.kv_bytes - self.reserved_bytes - self._most_bytes(self.waiting[0])
             if left < 0:
                 return
-            task = self.waiting.popleft()
+            task = self.waiting[0]
+            try:
+                prefix = task.tokens[: task.first_read]
+                task.history = self.cache.longest(task.key, prefix, task.limit)
+            except Exception:  # no memory for a copy: all of it is computed then
+                task.history = History(task.limit)
+            self.waiting.popleft()
             self.room.release()
-            task.history = self.cache.longest(task.key, task.tokens[: task.first_read], task.limit)
             task.num_cached_tokens = task.history.num_tokens
             self.running.append(task)
             self.cache.resize(min(left, self._cache_bytes))
