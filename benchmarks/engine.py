@@ -36,6 +36,7 @@ from loramix.adapter import Adapter
 from loramix.engine import Request, Sampling
 from loramix.engine.local import LocalEngine
 from loramix.formats import peft
+from loramix.lora import size_bytes
 from loramix.mix import Mix
 
 THREADS = 2
@@ -213,7 +214,7 @@ def byte_limit(adapters: Sequence[Adapter], ours: LocalEngine, rows: int) -> flo
     """(base + KV) / (base + KV + adapters in the batch): what reading memory alone allows."""
     weights = sum(t.numel() * t.element_size() for t in ours.base.model.parameters())
     kv = rows * (SHORT + STEPS // 2) * ours.token_bytes
-    extra = sum(adapter.size_bytes() for adapter in adapters)
+    extra = sum(size_bytes(adapter.pairs.values()) for adapter in adapters)
     return (weights + kv) / (weights + kv + extra)
 
 

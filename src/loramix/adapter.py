@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from loramix.lora import Pair
 
 
@@ -48,7 +46,3 @@ class Adapter:
     def rank(self) -> int:
         """The largest rank of its pairs."""
         return max(pair.rank for pair in self.pairs.values())
-
-    def size_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Of its tensors, in `dtype` or their own precision."""
-        return sum(pair.size_bytes(dtype) for pair in self.pairs.values())

@@ -46,14 +46,15 @@ class Pair:
             raise AdapterError("A DoRA update depends on the base weight; give it to delta().")
         return dora_gain(self, weight)[:, None] * (weight + plain) - weight
 
-    def size_bytes(self, dtype: torch.dtype | None = None) -> int:
-        """Of its tensors, in `dtype` or their own precision."""
-        parts = [part for part in (self.a, self.b, self.magnitude) if part is not None]
-        return sum(part.numel() * (dtype or part.dtype).itemsize for part in parts)
-
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Pair:
         moved = self.magnitude if self.magnitude is None else self.magnitude.to(device, dtype)
         return Pair(self.a.to(device, dtype), self.b.to(device, dtype), moved)
+
+
+def size_bytes(pairs: Iterable[Pair], dtype: torch.dtype | None = None) -> int:
+    """Of all tensors, in `dtype` or their own precision."""
+    tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b, pair.magnitude)]
+    return sum(t.numel() * (dtype or t.dtype).itemsize for t in tensors if t is not None)
 
 
 def dora_gain(pair: Pair, weight: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from loramix.errors import (
 )
 from loramix.formats import peft
 from loramix.library import Library
-from loramix.lora import Pair
+from loramix.lora import Pair, size_bytes
 from loramix.mix import Mix
 from loramix.mixed import linear_shapes
 from tests.tiny import folded, random_adapter, tiny_base, tiny_model
@@ -497,7 +497,7 @@ def test_adapters_are_read_when_a_mix_names_them_and_leave_when_others_need_the_
     base, tmp_path
 ):
     library = shelf_of(base.model, tmp_path)
-    size = library.load("a").size_bytes()
+    size = size_bytes(library.load("a").pairs.values())
     requests = [greedy("the cat", Mix.parse(mix)) for mix in ("a", "b+c", "c", "a:0.5", "b")]
     with LocalEngine(tiny_base(), [library.load(name) for name in "abc"]) as engine:
         wanted = [answer.tokens for answer in engine.generate(requests)]
@@ -520,7 +520,8 @@ def test_adapters_are_read_when_a_mix_names_them_and_leave_when_others_need_the_
 def test_given_adapters_stay_and_one_at_work_makes_others_wait(base, tmp_path):
     library = shelf_of(base.model, tmp_path)
     given = random_adapter(base.model, "given", rank=2)
-    size = given.size_bytes()
+    size = size_bytes(given.pairs.values())
+    base.model.generation_config.eos_token_id = None  # no answer may end before it is given up
 
     async def crowd(engine):
         stream = engine.stream(greedy("the", Mix.parse("b"), max_tokens=50))
@@ -529,6 +530,7 @@ def test_given_adapters_stay_and_one_at_work_makes_others_wait(base, tmp_path):
             with pytest.raises(Busy, match="No room for 'c'"):
                 await anext(engine.stream(greedy("the", Mix.parse("c"))))
             await stream.aclose()
+        await asyncio.to_thread(wait_until, lambda: engine._scheduler.is_idle)
         return [text async for text in engine.stream(greedy("the", Mix.parse("c")))]
 
     with LocalEngine(base, [given], library, adapter_bytes=2 * size) as engine:
@@ -593,7 +595,7 @@ def test_a_stream_given_up_while_its_adapter_is_read_leaves_nothing_held(base, t
             await waiting
         shelf.go.set()
 
-    size = shelf.library.load("a").size_bytes()
+    size = size_bytes(shelf.library.load("a").pairs.values())
     with LocalEngine(base, library=shelf, adapter_bytes=size) as engine:
         asyncio.run(give_up(engine))
         assert engine.generate([greedy("the", Mix.parse("c"), max_tokens=2)])[0].num_tokens == 2

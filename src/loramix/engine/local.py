@@ -30,6 +30,7 @@ from loramix.engine.scheduler import Reader, Scheduler, Task
 from loramix.engine.text import Detokenizer, StopStrings
 from loramix.errors import BadRequest, Busy, EngineError, TooLong, UnknownAdapter
 from loramix.library import Library, check_fingerprint
+from loramix.lora import size_bytes
 from loramix.mix import Mix
 
 GIB = 1 << 30
@@ -149,10 +150,10 @@ class LocalEngine:
         check_fingerprint(adapter, self.base)
         dtype = self.base.dtype if aligned else None
         bound = f"{adapter.name}@{adapter.digest}{'' if aligned else '@own'}"
-        resident = Resident(bound, adapter.size_bytes(dtype), pinned)
+        resident = Resident(bound, size_bytes(adapter.pairs.values(), dtype), pinned)
         with self._lock:
-            size_bytes = resident.size_bytes
-            self._unbind(self._residents.make_room(adapter.name, size_bytes, beside_bytes))
+            residents, needed = self._residents, resident.size_bytes
+            self._unbind(residents.make_room(adapter.name, needed, beside_bytes))
         self._core.bind(adapter, bound, dtype)
         with self._lock:
             self._unbind(self._residents.put(adapter.name, resident))
