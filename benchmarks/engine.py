@@ -108,32 +108,21 @@ def pefts(model: Any, folder: Path) -> Callable[[Prompts, int], object]:
     wrapped = PeftModel.from_pretrained(model, str(folder / "a0"), adapter_name="a0")
     for n in range(1, BATCH):
         wrapped.load_adapter(str(folder / f"a{n}"), adapter_name=f"a{n}")
-    wrapped.eval()
-
-    def answer(rows: Prompts, num_tokens: int) -> object:
-        ids = torch.tensor(rows)
-        names = [f"a{n}" for n in range(len(rows))]
-        with torch.inference_mode():
-            return wrapped.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                adapter_names=names,
-                max_new_tokens=num_tokens,
-                do_sample=False,
-            )
-
-    return answer
+    return static_batch(wrapped.eval(), adapter_names=[f"a{n}" for n in range(BATCH)])
 
 
-def static_batch(model: Any) -> Callable[[Prompts, int], object]:
+def static_batch(model: Any, **options: object) -> Callable[[Prompts, int], object]:
+    """All rows from one `generate`; `options` go to it."""
+
     def answer(rows: Prompts, num_tokens: int) -> object:
         ids = torch.tensor(rows)
         with torch.inference_mode():
             return model.generate(
-                ids,
+                input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=num_tokens,
                 do_sample=False,
+                **options,
             )
 
     return answer
@@ -248,7 +237,8 @@ def hot_adds(ours: LocalEngine, spare: Sequence[Adapter]) -> tuple[float, float]
     return float(max(waits)), max(gaps) / median(gaps)
 
 
-def measure(table: Table, rounds: int, folder: Path) -> dict[str, float]:
+def measure(table: Table, rounds: int, folder: Path) -> float:
+    """Fill the table; returns the byte limit of decoding under mixes."""
     model = material.random_model()
     adapters = [material.random_adapter(model, f"a{n}", seed=n) for n in range(64)]
     for adapter in adapters[:BATCH]:
@@ -300,7 +290,7 @@ def measure(table: Table, rounds: int, folder: Path) -> dict[str, float]:
         table.add("hot add, slowest step / median", slowest)
     limit = byte_limit(adapters[:BATCH], engine, BATCH)
     engine.close()
-    return {"limit": limit}
+    return limit
 
 
 def rows(table: Table, limit: float) -> list[dict[str, object]]:
@@ -388,8 +378,8 @@ if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     table = Table()
     with tempfile.TemporaryDirectory() as place:
-        facts = measure(table, 1 if options.quick else 5, Path(place))
-    found = rows(table, facts["limit"])
+        limit = measure(table, 1 if options.quick else 5, Path(place))
+    found = rows(table, limit)
     for entry in found:
         target = "" if entry["target"] is None else f"(target {entry['target']})"
         print(f"{entry['work']:52} {entry['figure']} x {entry['peer']} {target}")

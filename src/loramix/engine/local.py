@@ -228,8 +228,7 @@ class LocalEngine:
 
     def _finish(self, jobs: Sequence[Job]) -> list[Task]:
         """Run all jobs to their end; if one fails, or the caller gives up, cancel the rest."""
-        for job in jobs:
-            self._require_known(job.mix)
+        self._require_known(name for job in jobs for name in job.mix)
         tasks: list[Task] = []
         try:
             for job in jobs:
@@ -305,9 +304,11 @@ class LocalEngine:
             # Released there too: who stops waiting for it must not leave it held.
             await asyncio.to_thread(lambda: self._release(self._hold(mix, wait=False)))
 
-    def _require_known(self, mix: Mix) -> None:
-        for name in set(mix) - set(self.adapters):
-            self._require_library(name)
+    def _require_known(self, names: Iterable[str]) -> None:
+        here = self.adapters
+        for name in dict.fromkeys(names):
+            if name not in here:
+                self._require_library(name)
 
     def _require_library(self, name: str) -> Library:
         """The library, which holds this adapter. Raises UnknownAdapter."""
