@@ -7,8 +7,10 @@ g gives each rank column the weight its row gives to the adapter that owns it. A
 row of weights: no merge, no load. The engine serves through these layers and training learns
 through them, so what was trained is what is served.
 
-Side by side suits tokens of many requests, a few each. A long prompt has its own span of the row,
-and its own gates: it pays for the adapters of its mix alone.
+Side by side suits tokens of many requests, a few each. Layers that are given the same input (q, k
+and v; gate and up) then share one product for all their A's. A long prompt has its own span of
+the row, and gates of its own for each adapter of its mix: it pays for those alone, and nothing is
+copied.
 
 DoRA stays exact. With c = magnitude / |W + b a| per output, its update is
 dW x = c * (b a x) + (c - 1) * (W x): c is folded into b when the adapter is bound to the layer,
@@ -17,10 +19,10 @@ and c - 1 is kept as the adapter's `gain`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +31,13 @@ from transformers.pytorch_utils import Conv1D
 
 from loramix.adapter import Adapter
 from loramix.errors import BaseMismatch, UnknownAdapter
+from loramix.frozen import PackedLinear, packed, product
 from loramix.lora import Pair, dora_gain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_BLOCKS = 16  # sets of adapters whose side-by-side factors a layer remembers
+MAX_SETS = 4  # sets of adapters whose side-by-side factors are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,20 @@ class Gates:
     """Mixes of a forward pass: which adapters, and each row's weight for each of them.
 
     They hold for all tokens, or for those of `span`: then the other tokens see none of these
-    adapters and do not pay for them.
+    adapters and do not pay for them. With `keep` the same adapters are expected in the next passes
+    too, so the layers keep copies of their factors in the form that is fastest; no gradient flows
+    then.
     """
 
     adapters: tuple[str, ...]  # K names
     weights: Tensor  # [N, T, K], or [N, 1, K] when a row keeps one mix; T of the span, if given
     dropout: float = 0.0  # share of the input that no adapter sees, while training
     span: tuple[int, int] | None = None  # first token and the one after the last
+    keep: bool = False
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The tokens of x [.., T, D] that these gates hold for, as a view."""
+        return x if self.span is None else x[..., self.span[0] : self.span[1], :]
 
 
 class ActiveMixes:
@@ -58,48 +68,197 @@ class ActiveMixes:
     live in one process, and a test needs no reset.
     """
 
-    gates: tuple[Gates, ...] = ()
+    def __init__(self) -> None:
+        self.gates: tuple[Gates, ...] = ()
+        self._input: Tensor | None = None  # of the layer that ran last
+        self._siblings = Siblings()  # the layers that are given it
+        self._shrunk: dict[int, tuple[Block, Sequence[Tensor]]] = {}  # by gates: (x A^T) * g
+        self._scales: dict[tuple[int, Layout, torch.dtype, int], Tensor] = {}
 
     @contextmanager
     def using(self, *gates: Gates) -> Iterator[None]:
-        """Gates of one forward pass; with several, each has a span and the spans are apart."""
+        """Gates of one forward pass; with several, each has a span."""
         assert not self.gates, "forward passes do not nest"
         self.gates = gates
         try:
             yield
         finally:
-            self.gates = ()
+            self.gates, self._input = (), None
+            self._shrunk.clear()
+            self._scales.clear()
+
+    def meet(self, layer: MixedLinear, x: Tensor) -> None:
+        """A layer is given x: whoever is given the very same tensor is its sibling."""
+        if x is self._input:
+            self._siblings.join(layer)
+        else:
+            self._input, self._siblings = x, layer.siblings
+            self._shrunk.clear()
+
+    def shrunk(self, n: int, block: Block, x: Tensor) -> Sequence[Tensor]:
+        """What a kept block's A's make of x [.., D], weighed by the gates numbered n.
+
+        [.., R] for each of its parts.
+        """
+        known = self._shrunk.get(n)
+        if known is None or known[0] is not block:  # a block of fewer siblings, the first time
+            key = (n, block.layout, block.a.dtype, x.dim())
+            if key not in self._scales:
+                self._scales[key] = _scale(self.gates[n], block, x)
+            shrunk = _shrunk(x, block.a, self._scales[key])
+            known = self._shrunk[n] = block, torch.split(shrunk, block.ranks, dim=-1)
+        return known[1]
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """One adapter's update as this layer applies it."""
+    """One adapter's update as a layer applies it."""
 
     a: Tensor  # [R, D]
     b: Tensor  # [O, R], a DoRA magnitude folded in
     gain: Tensor | None  # [O], what DoRA adds to W x
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """The bound updates of several adapters side by side."""
+def bound(pair: Pair, layer: nn.Linear | Conv1D | PackedLinear | MixedLinear) -> Bound:
+    """An update as this layer, or the one that wraps it, applies it."""
+    if pair.magnitude is None:
+        return Bound(pair.a, pair.b, None)
+    scale = dora_gain(pair, layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
+    return Bound(pair.a, (scale[:, None] * pair.b).to(pair.b.dtype), scale - 1)
 
-    a: Tensor  # [R, D]
+
+Layout = tuple[tuple[int, int], ...]  # gate column and rank of the updates in a block, in order
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The B's of one layer side by side."""
+
     b: Tensor  # [O, R]
-    owner: Tensor  # [R], the gate column that weighs each rank column
     gains: Tensor | None  # [K', O]
     gain_owner: Tensor  # [K']
 
 
-class MixedLinear(nn.Module):
-    """A frozen linear layer (`nn.Linear` or GPT-2's `Conv1D`) and the adapters bound to it."""
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The updates of several adapters side by side, for layers that are given the same input."""
 
-    def __init__(self, base: nn.Linear | Conv1D | MixedLinear, active: ActiveMixes) -> None:
+    a: Tensor  # [R, D], of one layer after the other
+    layout: Layout
+    owner: Tensor  # [R], the gate column that weighs each rank column
+    ranks: list[int]  # of each layer; they add up to R
+    parts: Sequence[Part]  # of each layer
+
+
+class Siblings:
+    """Layers that are given the same input, and their factors side by side."""
+
+    def __init__(self, *layers: MixedLinear) -> None:
+        self.layers = list(layers)
+        self._blocks: dict[tuple[str, ...], Block | None] = {}
+
+    def join(self, layer: MixedLinear) -> None:
+        if layer.siblings is not self:
+            layer.siblings, layer.place = self, len(self.layers)
+            self.layers.append(layer)
+            self._blocks.clear()
+
+    def forget(self, name: str) -> None:
+        """Drop the sets that this adapter is in."""
+        for names in [names for names in self._blocks if name in names]:
+            del self._blocks[names]
+
+    def drop(self, names: tuple[str, ...]) -> None:
+        """Drop one set."""
+        self._blocks.pop(names, None)
+
+    def block(self, names: tuple[str, ...]) -> Block | None:
+        """The factors of these adapters, kept for the next time; None if there are none here."""
+        if names not in self._blocks:
+            block = _stacked(self.layers, names)
+            if block and all(isinstance(layer.base, PackedLinear) for layer in self.layers):
+                parts = [replace(part, b=packed(part.b)) for part in block.parts]
+                block = replace(block, a=packed(block.a), parts=parts)
+            self._blocks[names] = block
+        return self._blocks[names]
+
+
+def _stacked(layers: Sequence[MixedLinear], names: tuple[str, ...]) -> Block | None:
+    """Updates of different precision meet in the widest."""
+    found = [
+        [(k, layer.bound[name]) for k, name in enumerate(names) if name in layer.bound]
+        for layer in layers
+    ]
+    bounds = [bound for here in found for _, bound in here]
+    if not bounds:
+        return None
+    device = bounds[0].a.device
+    dtype = max((bound.a.dtype for bound in bounds), key=lambda dtype: dtype.itemsize)
+    layout = tuple((k, bound.a.shape[0]) for here in found for k, bound in here)
+    return Block(
+        a=_cat([bound.a.to(dtype) for bound in bounds], dim=0),
+        layout=layout,
+        owner=torch.tensor([k for k, rank in layout for _ in range(rank)], device=device),
+        ranks=[sum(bound.a.shape[0] for _, bound in here) for here in found],
+        parts=[
+            _part(here, layer.shape[0], dtype, device)
+            for here, layer in zip(found, layers, strict=True)
+        ],
+    )
+
+
+def _part(
+    here: Sequence[tuple[int, Bound]], width: int, dtype: torch.dtype, device: torch.device
+) -> Part:
+    gained = [(k, bound.gain) for k, bound in here if bound.gain is not None]
+    return Part(
+        _cat([bound.b.to(dtype) for _, bound in here], dim=1)
+        if here
+        else torch.empty(width, 0, dtype=dtype, device=device),
+        torch.stack([gain for _, gain in gained]) if gained else None,
+        torch.tensor([k for k, _ in gained], device=device, dtype=torch.long),
+    )
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """One tensor is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
+
+
+def _like(weights: Tensor, x: Tensor) -> Tensor:
+    """Weights [N, T or 1, K] for x [N, T, D], or for x [N * T, D] of layers that know no rows."""
+    if x.dim() == 3:
+        return weights
+    tokens = x.shape[0] // weights.shape[0]
+    return weights.expand(-1, tokens, -1).reshape(x.shape[0], -1)
+
+
+def _scale(gates: Gates, block: Block, x: Tensor) -> Tensor:
+    """Each token's weight for each rank column, [.., R]."""
+    return _like(gates.weights, x)[..., block.owner].to(block.a.dtype)
+
+
+def _shrunk(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:
+    """(x A^T) * g"""
+    shrunk = product(x.to(a.dtype), a)
+    if shrunk.dtype == torch.float16:  # past 65504 it is inf, and inf * 0 would be NaN
+        shrunk = shrunk.masked_fill(scale == 0, 0)
+    return shrunk * scale
+
+
+class MixedLinear(nn.Module):
+    """A frozen linear layer and the adapters bound to it."""
+
+    def __init__(
+        self, base: nn.Linear | Conv1D | PackedLinear | MixedLinear, active: ActiveMixes
+    ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.active = active
         self.bound: dict[str, Bound] = {}
-        self._blocks: dict[tuple[str, ...], Block | None] = {}
+        self.siblings = Siblings(self)
+        self.place = 0  # among them
+        self._gained = False  # some adapter here is a DoRA
 
     @property
     def weight(self) -> Tensor:
@@ -107,82 +266,75 @@ class MixedLinear(nn.Module):
         return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(O, D)"""
+        return shape(self.base)
+
+    @property
     def bias(self) -> Tensor | None:
         return self.base.bias
 
     def bind(self, name: str, pair: Pair) -> None:
         """Take one adapter's update; the tensors keep their dtype, autograd reaches them."""
-        pair = pair.to(pair.a.dtype, self.base.weight.device)
-        if pair.magnitude is None:
-            self.bound[name] = Bound(pair.a, pair.b, None)
-        else:
-            scale = dora_gain(pair, self.weight)
-            self.bound[name] = Bound(pair.a, (scale[:, None] * pair.b).to(pair.b.dtype), scale - 1)
-        self._blocks.clear()
+        self.take(name, bound(pair, self))
+
+    def take(self, name: str, update: Bound) -> None:
+        self.bound[name] = update
+        self._changed(name)
 
     def unbind(self, name: str) -> None:
-        self.bound.pop(name, None)
-        self._blocks.clear()
+        if self.bound.pop(name, None) is not None:
+            self._changed(name)
+
+    def _changed(self, name: str) -> None:
+        self.siblings.forget(name)
+        self._gained = any(bound.gain is not None for bound in self.bound.values())
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, O]
         y: Tensor = self.base(x)
-        for gates in self.active.gates:
-            if (block := self._block(gates.adapters)) is None:
-                continue
-            if gates.span is None:
-                y = y + self._update(x, y, gates, block)
+        if not self.active.gates or not self.bound:
+            return y
+        self.active.meet(self, x)
+        wx = y.clone() if self._gained else y
+        for n, gates in enumerate(self.active.gates):
+            rows, plain = gates.rows(x), gates.rows(wx)
+            if gates.keep:
+                update = self._kept_update(rows, plain, n, gates)
             else:
-                part = y[..., slice(*gates.span), :]
-                update = self._update(x[..., slice(*gates.span), :], part, gates, block)
-                part += update.view(part.shape)  # OPT's layers take tokens without a batch
+                update = self._fresh_update(rows, plain, gates)
+            if update is None:
+                continue
+            if gates.keep or gates.span:
+                gates.rows(y).add_(update)
+            else:
+                y = y + update
         return y
 
-    def _update(self, x: Tensor, y: Tensor, gates: Gates, block: Block) -> Tensor:
-        """What the adapters add to the base's y, [N, T, O]."""
-        scale = gates.weights[..., block.owner]  # [N, T, R]
-        if gates.dropout:
-            x = F.dropout(x, gates.dropout)
-        shrunk = F.linear(x.to(block.a.dtype), block.a)
-        if shrunk.dtype == torch.float16:  # past 65504 it is inf, and inf * 0 would be NaN
-            shrunk = shrunk.masked_fill(scale == 0, 0)
-        update = F.linear(shrunk * scale.to(block.a.dtype), block.b)
-        if block.gains is not None:
-            wx = y if self.base.bias is None else y - self.base.bias
-            update = update + (gates.weights[..., block.gain_owner].float() @ block.gains) * wx
-        return update.to(y.dtype)
-
-    def _block(self, names: tuple[str, ...]) -> Block | None:
-        """The factors of these adapters side by side; None if none of them touches this layer."""
-        if names not in self._blocks:
-            block = self._stack(names)
-            if block is not None and block.a.requires_grad:
-                return block  # factors in training change at every step
-            if len(self._blocks) >= MAX_BLOCKS:
-                self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[names] = block
-        return self._blocks[names]
-
-    def _stack(self, names: tuple[str, ...]) -> Block | None:
-        here = [(k, self.bound[name]) for k, name in enumerate(names) if name in self.bound]
-        if not here:
+    def _kept_update(self, x: Tensor, wx: Tensor, n: int, gates: Gates) -> Tensor | None:
+        """What the adapters of the gates numbered n add to W x, [.., O]; None if nothing."""
+        block = self.siblings.block(gates.adapters)
+        if block is None or not block.ranks[self.place]:
             return None
-        device = self.base.weight.device
-        columns = torch.tensor([k for k, _ in here], device=device)
-        ranks = torch.tensor([bound.a.shape[0] for _, bound in here], device=device)
-        gained = [(k, bound.gain) for k, bound in here if bound.gain is not None]
-        if len(here) == 1:
-            a, b = here[0][1].a, here[0][1].b
-        else:  # adapters of different precision meet in the widest
-            dtype = max((bound.a.dtype for _, bound in here), key=lambda d: d.itemsize)
-            a = torch.cat([bound.a.to(dtype) for _, bound in here])
-            b = torch.cat([bound.b.to(dtype) for _, bound in here], dim=1)
-        return Block(
-            a,
-            b,
-            columns.repeat_interleave(ranks),
-            torch.stack([gain for _, gain in gained]) if gained else None,
-            torch.tensor([k for k, _ in gained], device=device, dtype=torch.long),
-        )
+        shrunk = self.active.shrunk(n, block, x)[self.place]
+        return self._grown(shrunk, block.parts[self.place], wx, gates)
+
+    def _fresh_update(self, x: Tensor, wx: Tensor, gates: Gates) -> Tensor | None:
+        """The same for factors that nobody keeps: while training, and for a long prompt."""
+        block = _stacked([self], gates.adapters)
+        if block is None:
+            return None
+        x = F.dropout(x, gates.dropout) if gates.dropout else x
+        shrunk = _shrunk(x, block.a, _scale(gates, block, x))
+        return self._grown(shrunk, block.parts[0], wx, gates)
+
+    def _grown(self, shrunk: Tensor, part: Part, wx: Tensor, gates: Gates) -> Tensor:
+        """B and the gains of DoRA"""
+        update = product(shrunk, part.b)
+        if part.gains is not None:
+            plain = wx if self.base.bias is None else wx - self.base.bias
+            gains = _like(gates.weights, wx)[..., part.gain_owner].float() @ part.gains
+            update = update + gains * plain
+        return update.to(wx.dtype)
 
 
 class MixedModel:
@@ -200,25 +352,58 @@ class MixedModel:
         self.layers: dict[str, MixedLinear] = {}
         self.digests: dict[str, str] = {}
         self._shapes = linear_shapes(model)
+        self._sets: list[tuple[str, ...]] = []  # used last at the end
+
+    def check(self, adapter: Adapter) -> None:
+        """BaseMismatch, naming the strays, unless every update finds a layer of its shape."""
+        check_fit(adapter, self._shapes)
 
     def bind(self, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
         """Make an adapter available to gates, in `dtype` or its own precision.
 
-        Raises BaseMismatch, naming the strays, if a tensor finds no layer of its shape; the model
-        is then left as it was. Binding a name again replaces it.
+        Raises BaseMismatch; the model is then left as it was. Binding a name again replaces it.
         """
-        check_fit(adapter, self._shapes)
-        self.unbind(adapter.name, missing_ok=True)
-        for layer, pair in adapter.pairs.items():
-            self._wrap(layer).bind(adapter.name, pair if dtype is None else pair.to(dtype))
-        self.digests[adapter.name] = adapter.digest
+        self.check(adapter)
+        self.take(adapter.name, adapter.digest, self.prepared(adapter, dtype))
+
+    def prepared(self, adapter: Adapter, dtype: torch.dtype | None = None) -> dict[str, Bound]:
+        """An adapter's updates as the layers apply them. Changes nothing; any thread may call."""
+        found = {}
+        for name, pair in adapter.pairs.items():
+            layer: Any = self.model.get_submodule(name)
+            found[name] = bound(pair.to(dtype or pair.a.dtype, self.model.device), layer)
+        return found
+
+    def take(self, name: str, digest: str, updates: Mapping[str, Bound]) -> None:
+        """Make prepared updates available to gates."""
+        self.unbind(name, missing_ok=True)
+        for layer, update in updates.items():
+            self._wrap(layer).take(name, update)
+        self.digests[name] = digest
 
     def unbind(self, name: str, *, missing_ok: bool = False) -> None:
         if name not in self.digests and not missing_ok:
             raise UnknownAdapter(name, self.digests)
         for layer in self.layers.values():
             layer.unbind(name)
+        self._sets = [names for names in self._sets if name not in names]
         self.digests.pop(name, None)
+
+    def together(self, names: Iterable[str]) -> tuple[str, ...]:
+        """A set of adapters to keep side by side that has these: one in use, if little larger.
+
+        Copying the factors of a set costs about a step, reading a few that are not needed a
+        percent each.
+        """
+        wanted = set(names)
+        fit = [s for s in self._sets if wanted <= set(s) and 2 * len(s) <= 3 * len(wanted)]
+        chosen = min(fit, key=len, default=tuple(sorted(wanted)))
+        self._sets = [*(names for names in self._sets if names != chosen), chosen]
+        while len(self._sets) > MAX_SETS:
+            oldest = self._sets.pop(0)
+            for layer in self.layers.values():
+                layer.siblings.drop(oldest)
+        return chosen
 
     def release(self) -> None:
         """Put the base's own layers back; the model is as it was before it was wrapped."""
@@ -244,13 +429,18 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if name.removesuffix(".base") in shapes:
             continue  # inside a layer that another model wrapped
-        if isinstance(module, Conv1D):
-            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
-        elif type(module) is nn.Linear:
-            shapes[name] = (module.out_features, module.in_features)
-        elif isinstance(module, MixedLinear):
-            shapes[name] = (module.weight.shape[0], module.weight.shape[1])
+        if type(module) is nn.Linear or isinstance(module, (Conv1D, PackedLinear, MixedLinear)):
+            shapes[name] = shape(module)
     return shapes
+
+
+def shape(layer: nn.Linear | Conv1D | PackedLinear | MixedLinear) -> tuple[int, int]:
+    """(O, D)"""
+    if isinstance(layer, MixedLinear):
+        return layer.shape
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    return layer.out_features, layer.in_features
 
 
 def check_fit(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:

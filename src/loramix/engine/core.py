@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -22,8 +22,10 @@ from transformers import PreTrainedModel
 from loramix.adapter import Adapter
 from loramix.engine.attention import StepCache, configs, packed
 from loramix.engine.scheduler import Batch, Scheduler, Task, step_failed
+from loramix.engine.threads import rest, sensible_threads
 from loramix.errors import EngineError
-from loramix.mixed import MixedLinear, MixedModel, check_fit, linear_shapes
+from loramix.frozen import pack, unpack
+from loramix.mixed import MixedLinear, MixedModel
 
 CLOSED = "The engine is closed; open a new one."
 
@@ -31,13 +33,17 @@ CLOSED = "The engine is closed; open a new one."
 class Core:
     """A model, its running batch, and the thread that moves them on."""
 
-    def __init__(self, model: PreTrainedModel, scheduler: Scheduler) -> None:
+    def __init__(
+        self, model: PreTrainedModel, scheduler: Scheduler, num_threads: int | None = None
+    ) -> None:
+        pack(model)
         self.mixed = MixedModel(model)
         self.model = model
         self.scheduler = scheduler
         self._configs = configs(model)
         self._users: Counter[str] = Counter()  # of each adapter bound to the model
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._num_threads = num_threads or sensible_threads()
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="loramix-engine", daemon=True)
@@ -53,6 +59,7 @@ class Core:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self.mixed.release()
+        unpack(self.model)
 
     def post(self, call: Callable[[], None]) -> None:
         """Have the thread call this before its next step. Raises EngineError once closed."""
@@ -60,15 +67,17 @@ class Core:
             if self._closed:
                 raise EngineError(CLOSED)
             self._calls.put(call)
+        rest()
 
-    def submit(self, task: Task) -> None:
-        """Add a task; it holds the adapters of its mix until it is done."""
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """Add tasks, all before the next step; each holds its adapters until it is done."""
 
         def take() -> None:
-            for name, _ in task.weights:
-                self._users[name] += 1
-            task.done.add_done_callback(lambda _: self._leave(task))
-            self.scheduler.add(task)
+            for task in tasks:
+                for name, _ in task.weights:
+                    self._users[name] += 1
+                task.done.add_done_callback(partial(self._leave, task))
+                self.scheduler.add(task)
 
         self.post(take)
 
@@ -81,13 +90,14 @@ class Core:
 
         It is held in `dtype`, or in its own precision. Raises BaseMismatch.
         """
+        self.mixed.check(adapter)
+        updates = self.mixed.prepared(adapter, dtype)  # here, so the steps go on meanwhile
         bound: Future[None] = Future()
 
         def take() -> None:
             try:
-                check_fit(adapter, linear_shapes(self.model))  # an error says its own name
                 if not self._users[name]:
-                    self.mixed.bind(replace(adapter, name=name), dtype)
+                    self.mixed.take(name, adapter.digest, updates)
                 self._users[name] += 1
                 bound.set_result(None)
             except Exception as error:
@@ -108,7 +118,8 @@ class Core:
         model: Any = self.model
         head = model.get_output_embeddings()
         whole = isinstance(head, MixedLinear) and bool(head.bound)
-        with torch.inference_mode(), self.mixed.active.using(*batch.gates(device)):
+        gates = batch.gates(self.mixed.together, device)
+        with torch.inference_mode(), self.mixed.active.using(*gates):
             with packed(self._configs):
                 output = self.model(
                     input_ids=torch.tensor([batch.tokens], device=device),
@@ -121,6 +132,7 @@ class Core:
             return (logits[rows] if whole else logits).float()
 
     def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)
         try:
             while not self._closed:
                 if self.scheduler.is_idle:
@@ -150,7 +162,7 @@ class Core:
             while True:
                 self._calls.get_nowait()()
 
-    def _leave(self, task: Task) -> None:
+    def _leave(self, task: Task, done: Future[None]) -> None:
         for name, _ in task.weights:
             self._release(name)
 

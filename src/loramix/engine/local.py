@@ -74,6 +74,7 @@ class LocalEngine:
         kv_bytes: int = 2 * GIB,
         reuse: bool = True,
         adapter_bytes: int = sys.maxsize,
+        num_threads: int | None = None,
     ) -> None:
         self.token_bytes = require_exact(base.model)  # of keys and values
         self.base = base
@@ -88,7 +89,7 @@ class LocalEngine:
             token_bytes=self.token_bytes,
             kv_bytes=kv_bytes,
         )
-        self._core = Core(base.model, self._scheduler)
+        self._core = Core(base.model, self._scheduler, num_threads)
         self._residents = Residents(adapter_bytes)
         self._lock = threading.Lock()  # of the residents; nobody who has it waits for the core
         self._released = threading.Condition(self._lock)  # some request let its adapters go
@@ -213,8 +214,13 @@ class LocalEngine:
         prompt = self._prompt(request)
         writer = self._writer(request, prompt, send)
         await self._in_memory(request.mix)
-        task = self._submit(self._job(request, prompt, writer), wait=False)
+        task = self._task(self._job(request, prompt, writer), wait=False)
         task.done.add_done_callback(lambda _: send(None))
+        try:
+            self._core.submit([task])
+        except BaseException:
+            self._abandon(task)
+            raise
         try:
             while (chunk := await events.get()) is not None:
                 yield chunk
@@ -229,18 +235,33 @@ class LocalEngine:
     def _finish(self, jobs: Sequence[Job]) -> list[Task]:
         """Run all jobs to their end; if one fails, or the caller gives up, cancel the rest."""
         self._require_known(name for job in jobs for name in job.mix)
-        tasks: list[Task] = []
+        submitted: list[Task] = []
+        ready: list[Task] = []  # those that begin together, so equal lists make equal batches
         try:
             for job in jobs:
-                tasks.append(self._submit(job, wait=True))
-            for task in tasks:
+                try:
+                    ready.append(self._task(job, wait=False))
+                except Busy:
+                    self._submit(ready, submitted)
+                    ready.append(self._task(job, wait=True))
+            self._submit(ready, submitted)
+            for task in submitted:
                 task.done.result()
         finally:
-            for task in tasks:
+            for task in ready:
+                self._abandon(task)
+            for task in submitted:
                 self._core.cancel(task)
-        return tasks
+        return submitted
 
-    def _submit(self, job: Job, *, wait: bool) -> Task:
+    def _submit(self, ready: list[Task], submitted: list[Task]) -> None:
+        """Move tasks from one list to the other as they are submitted."""
+        self._core.submit(tuple(ready))
+        submitted += ready
+        ready.clear()
+
+    def _task(self, job: Job, *, wait: bool) -> Task:
+        """A job with its adapters and a place in the queue; to be submitted, or abandoned."""
         if not self._scheduler.room.acquire(blocking=wait):
             raise Busy("The queue is full; try again when some requests have ended.")
         held: list[Resident] = []
@@ -250,13 +271,17 @@ class LocalEngine:
             key = " ".join([str(job.mix), *(name for name, _ in weights)])
             first_read = job.num_prompt - 1
             task = Task(list(job.tokens), first_read, weights, key, job.reader, job.limit)
-            self._core.submit(task)
         except BaseException:
             self._release(held)
             self._scheduler.room.release()
             raise
         task.done.add_done_callback(lambda _: self._release(held))
         return task
+
+    def _abandon(self, task: Task) -> None:
+        """Let go what a task has that was never submitted."""
+        task.done.cancel()
+        self._scheduler.room.release()
 
     def _hold(self, mix: Mix, *, wait: bool) -> list[Resident]:
         """The adapters of a mix, which stay in memory until they are released.

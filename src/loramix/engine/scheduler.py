@@ -11,9 +11,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -25,6 +26,9 @@ from loramix.errors import EngineError
 from loramix.mixed import Gates
 
 OWN_GATES = 16  # tokens from which a span has gates of its own (see mixed.py)
+
+
+Together = Callable[[Iterable[str]], tuple[str, ...]]  # adapters to keep side by side for these
 
 
 class Reader(Protocol):
@@ -111,20 +115,37 @@ class Batch:
             for row in range(part.span.end - part.num_read, part.span.end)
         ]
 
-    def gates(self, device: torch.device) -> list[Gates]:
+    def gates(self, together: Together, device: torch.device) -> list[Gates]:
         """The mixes of the step: of long spans by themselves, of short ones side by side."""
-        groups: list[list[Part]] = []
-        for part in self.parts:
-            if groups and part.span.num_rows < OWN_GATES > groups[-1][-1].span.num_rows:
-                groups[-1].append(part)
-            else:
-                groups.append([part])
-        return [_gates(group, device) for group in groups if any(p.task.weights for p in group)]
+        gates: list[Gates] = []
+        for long, group in groupby(self.parts, lambda part: part.span.num_rows >= OWN_GATES):
+            parts = list(group)
+            span = (
+                None if len(parts) == len(self.parts) else (parts[0].span.start, parts[-1].span.end)
+            )
+            if long:
+                gates += [one for part in parts for one in _own_gates(part, device)]
+            elif names := {name for part in parts for name, _ in part.task.weights}:
+                gates.append(_joint_gates(parts, together(names), span, device))
+        return gates
 
 
-def _gates(parts: Sequence[Part], device: torch.device) -> Gates:
-    """One row of weights per token of neighbouring parts, [1, T, K], over their adapters."""
-    names = sorted({name for part in parts for name, _ in part.task.weights})
+def _own_gates(part: Part, device: torch.device) -> list[Gates]:
+    """A gate for each adapter of a mix."""
+    span = (part.span.start, part.span.end)
+    return [
+        Gates((name,), torch.tensor([[[weight]]], device=device), span=span)
+        for name, weight in part.task.weights
+    ]
+
+
+def _joint_gates(
+    parts: Sequence[Part],
+    names: tuple[str, ...],
+    span: tuple[int, int] | None,
+    device: torch.device,
+) -> Gates:
+    """One row of weights per token of neighbouring parts, [1, T, K], over these adapters."""
     column = {name: k for k, name in enumerate(names)}
     rows = torch.zeros(len(parts), len(names))
     for n, part in enumerate(parts):
@@ -132,7 +153,7 @@ def _gates(parts: Sequence[Part], device: torch.device) -> Gates:
             rows[n, column[name]] = weight
     lengths = torch.tensor([part.span.num_rows for part in parts])
     weights = rows.repeat_interleave(lengths, dim=0)[None].to(device)
-    return Gates(tuple(names), weights, span=(parts[0].span.start, parts[-1].span.end))
+    return Gates(names, weights, span=span, keep=True)
 
 
 def step_failed(error: Exception) -> EngineError:
