@@ -1,11 +1,15 @@
 """Mixes in one batch: the engine against its own bare base, PEFT, transformers and llama.cpp.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/engine.py [--quick] [--json FILE]
+    python benchmarks/engine.py [--quick] [--json FILE] [--plot FILE]
 
 Random weights of Qwen3-0.6B's shape in bfloat16, two threads; adapters of rank 16 on all seven
 linear layers. Everybody gets the same prompts, weights and precision, in turns; medians of the
 rounds. A decode rate counts the steps after the first token, so no prefill is in it.
+
+llama.cpp runs in processes of its own (llama.py): in ours, its OpenMP threads would be managed with
+torch's, which then stop spinning (see loramix/engine/threads.py), and each would slow the other
+down. The memory figure comes from a process that does nothing else.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import argparse
 import gc
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -39,12 +44,16 @@ from loramix.formats import peft
 from loramix.lora import size_bytes
 from loramix.mix import Mix
 
+HERE = Path(__file__).parent
 THREADS = 2
 BATCH = 8
 SHORT, LONG = 32, 512  # tokens of a prompt
 STEPS = 32  # decode steps that are timed
+COUNTS = (1, 2, 4, 8, 16, 32)  # requests at once
+KV_BYTES = 512 << 20  # of the engine whose memory is measured
 
 Prompts = Sequence[Sequence[int]]
+Answers = Callable[[Prompts, int], tuple[float, float]]  # -> wall and CPU seconds
 
 
 @dataclass
@@ -78,11 +87,23 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def decode_rate(answer: Callable[[Prompts, int], object], rows: Prompts) -> float:
-    """Tokens per second of all rows together, from the second token on."""
-    first = seconds(lambda: answer(rows, 1))
-    both = seconds(lambda: answer(rows, 1 + STEPS))
-    return len(rows) * STEPS / (both - first)
+def decode_rate(answer: Answers, rows: Prompts) -> tuple[float, float]:
+    """Tokens per second of all rows together, from the second token on, and CPU seconds a token."""
+    first, first_cpu = answer(rows, 1)
+    both, both_cpu = answer(rows, 1 + STEPS)
+    count = len(rows) * STEPS
+    return count / (both - first), (both_cpu - first_cpu) / count
+
+
+def timed(answer: Callable[[Prompts, int], object]) -> Answers:
+    """Runs in this process."""
+
+    def run(rows: Prompts, num_tokens: int) -> tuple[float, float]:
+        cpu = time.process_time()
+        wall = seconds(lambda: answer(rows, num_tokens))
+        return wall, time.process_time() - cpu
+
+    return run
 
 
 class Ours:
@@ -148,47 +169,42 @@ def continuous_batch(model: Any) -> Callable[[Prompts, int], object]:
 
 
 class Llama:
-    """llama.cpp's server in this process; scales for each request."""
+    """llama.cpp's server in a process of its own; scales for each request."""
 
     def __init__(self, path: Path, adapters: Sequence[Path]) -> None:
-        import xllamacpp
+        room = BATCH * 2 * (LONG + STEPS)
+        command = [sys.executable, HERE / "llama.py", path, str(BATCH), str(room), str(THREADS)]
+        self.process = subprocess.Popen(
+            [*command, *adapters], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.system = str(self._read()["system"])
 
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_parallel = BATCH
-        params.n_ctx = BATCH * 2 * (LONG + STEPS)
-        params.cpuparams.n_threads = THREADS
-        params.cpuparams_batch.n_threads = THREADS
-        params.cache_ram_mib = 0
-        params.lora_init_without_apply = True
-        params.lora_adapters = [
-            xllamacpp.CommonAdapterLoraInfo(str(adapter), 0.0) for adapter in adapters
+    def under(self, mixes: Sequence[Mix]) -> Answers:
+        scales = [
+            [{"id": int(name[1:]), "scale": weight} for name, weight in mix.items()]
+            for mix in mixes
         ]
-        params.verbosity = 0
-        self.system = xllamacpp.get_system_info()
-        self.server = xllamacpp.Server(params)
 
-    def under(self, mixes: Sequence[Mix]) -> Callable[[Prompts, int], object]:
-        def one(row: Sequence[int], mix: Mix, num_tokens: int) -> object:
-            scales = [{"id": int(name[1:]), "scale": weight} for name, weight in mix.items()]
-            answer = self.server.handle_completions(
-                {
-                    "prompt": list(row),
-                    "max_tokens": num_tokens,
-                    "temperature": 0.0,
-                    "ignore_eos": True,
-                    "cache_prompt": False,
-                    "lora": scales,
-                }
-            )
-            assert answer["usage"]["completion_tokens"] == num_tokens, answer
-            return answer
+        def run(rows: Prompts, num_tokens: int) -> tuple[float, float]:
+            work = {"prompts": rows, "scales": scales, "num_tokens": num_tokens}
+            start = time.perf_counter()
+            assert self.process.stdin
+            self.process.stdin.write(json.dumps(work) + "\n")
+            self.process.stdin.flush()
+            cpu = float(self._read()["cpu_s"])
+            return time.perf_counter() - start, cpu
 
-        def answer(rows: Prompts, num_tokens: int) -> object:
-            with ThreadPoolExecutor(len(rows)) as pool:
-                return list(pool.map(one, rows, mixes, [num_tokens] * len(rows)))
+        return run
 
-        return answer
+    def close(self) -> None:
+        self.process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise RuntimeError("llama.cpp's process ended; its reason is above.")
 
 
 def two_each(count: int, adapters: int = BATCH) -> list[Mix]:
@@ -199,12 +215,29 @@ def two_each(count: int, adapters: int = BATCH) -> list[Mix]:
     ]
 
 
-def byte_limit(adapters: Sequence[Adapter], ours: LocalEngine, rows: int) -> float:
+def byte_limit(base_bytes: int, adapters: Sequence[Adapter], ours: LocalEngine) -> float:
     """(base + KV) / (base + KV + adapters in the batch): what reading memory alone allows."""
-    weights = sum(t.numel() * t.element_size() for t in ours.base.model.parameters())
-    kv = rows * (SHORT + STEPS // 2) * ours.token_bytes
+    kv = BATCH * (SHORT + STEPS // 2) * ours.token_bytes
     extra = sum(size_bytes(adapter.pairs.values()) for adapter in adapters)
-    return (weights + kv) / (weights + kv + extra)
+    return (base_bytes + kv) / (base_bytes + kv + extra)
+
+
+def memory() -> dict[str, float]:
+    """Bytes of an engine that serves 32 requests under mixes of 8 adapters, and their parts."""
+    model = material.random_model()
+    base_bytes = material.size_bytes(model)
+    adapters = [material.random_adapter(model, f"a{n}", seed=n) for n in range(BATCH)]
+    sizes = sum(size_bytes(adapter.pairs.values()) for adapter in adapters)
+    with LocalEngine(material.base_of(model), adapters, kv_bytes=KV_BYTES) as engine:
+        del adapters
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Ours(engine).under(two_each(32))(prompts(32, SHORT), STEPS)
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
+    peak = int(status["VmHWM"].split()[0]) * 1024
+    return {"peak": peak, "base": base_bytes, "kv": KV_BYTES, "adapters": sizes}
 
 
 def hot_adds(ours: LocalEngine, spare: Sequence[Adapter]) -> tuple[float, float]:
@@ -240,6 +273,7 @@ def hot_adds(ours: LocalEngine, spare: Sequence[Adapter]) -> tuple[float, float]
 def measure(table: Table, rounds: int, folder: Path) -> float:
     """Fill the table; returns the byte limit of decoding under mixes."""
     model = material.random_model()
+    base_bytes = material.size_bytes(model)
     adapters = [material.random_adapter(model, f"a{n}", seed=n) for n in range(64)]
     for adapter in adapters[:BATCH]:
         peft.write(adapter, folder / adapter.name)
@@ -249,139 +283,192 @@ def measure(table: Table, rounds: int, folder: Path) -> float:
     files = [folder / f"a{n}.gguf" for n in range(BATCH)]
 
     peer_models = [material.same_weights(model) for _ in range(3)]  # before ours wraps its layers
-    mixed = pefts(peer_models[0], folder)
-    static, continuous = static_batch(peer_models[1]), continuous_batch(peer_models[2])
     engine = LocalEngine(material.base_of(model), adapters[:BATCH], reuse=False, max_batch=32)
     ours, bare = Ours(engine), [Mix()] * 32
-    llama = {kind: Llama(folder / f"{kind}.gguf", files) for kind in ("bf16", "q8_0")}
-    print(next(iter(llama.values())).system)
-
     short, one, burst = prompts(BATCH, SHORT), prompts(1, SHORT), prompts(BATCH, LONG, 1)
-    ways = {
-        "ours, 8 mixes": (ours.under(two_each(BATCH)), short),
-        "ours, bare base": (ours.under(bare[:BATCH]), short),
-        "PEFT, one adapter each": (mixed, short),
-        "transformers, static batch": (static, short),
-        "transformers, continuous": (continuous, short),
-        "llama.cpp bf16, 8 mixes": (llama["bf16"].under(two_each(BATCH)), short),
-        "llama.cpp Q8_0, 8 mixes": (llama["q8_0"].under(two_each(BATCH)), short),
-        "ours, 1 mix": (ours.under(two_each(1)), one),
-        "ours, bare, 1": (ours.under(bare[:1]), one),
-        "llama.cpp bf16, 1 mix": (llama["bf16"].under(two_each(1)), one),
+    ways: dict[str, tuple[Answers, Prompts]] = {
+        "ours, 8 mixes": (timed(ours.under(two_each(BATCH))), short),
+        "ours, bare base": (timed(ours.under(bare[:BATCH])), short),
+        "ours, 1 mix": (timed(ours.under(two_each(1))), one),
+        "ours, bare, 1": (timed(ours.under(bare[:1])), one),
     }
+    peers: dict[str, Callable[[], dict[str, tuple[Answers, Prompts]]]] = {
+        "PEFT": lambda: {
+            "PEFT, one adapter each": (timed(pefts(peer_models[0], folder)), short),
+        },
+        "transformers": lambda: {
+            "transformers, static batch": (timed(static_batch(peer_models[1])), short),
+            "transformers, continuous": (timed(continuous_batch(peer_models[2])), short),
+        },
+        "llama.cpp bf16": lambda: llama_ways("bf16", folder, files, short, one),
+        "llama.cpp Q8_0": lambda: llama_ways("q8_0", folder, files, short, one),
+    }
+    for peer, ready in peers.items():
+        try:
+            ways |= ready()
+        except Exception as error:
+            print(f"{peer} did not run: {error!r}", flush=True)
+
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}")
         for name, (answer, rows) in ways.items():
-            table.add(name, decode_rate(answer, rows))
+            rate, cpu = decode_rate(answer, rows)
+            table.add(name, rate)
+            table.add(f"{name}: CPU ms a token", 1000 * cpu)
+        for name in ("ours, 1 mix", "llama.cpp bf16, 1 mix"):
+            if name in ways:
+                wall, _ = ways[name][0](burst[:1], 1)
+                table.add(f"{name}: first token of 512, s", wall)
         for name, mixes in (("prefill, 8 mixes", two_each(BATCH)), ("prefill, bare", bare[:BATCH])):
-            answer = ours.under(mixes)
-            table.add(name, BATCH * LONG / seconds(lambda answer=answer: answer(burst, 1)))
-        for count in (1, 2, 4, 8, 16, 32):
-            rate = decode_rate(ours.under(two_each(count)), prompts(count, SHORT, 2))
+            wall, _ = timed(ours.under(mixes))(burst, 1)
+            table.add(name, BATCH * LONG / wall)
+        for count in COUNTS:
+            rate, _ = decode_rate(timed(ours.under(two_each(count))), prompts(count, SHORT, 2))
             table.add(f"ours, {count} at once", rate)
         for adapter in adapters[BATCH:]:
             engine.add(adapter)
-        table.add("ours, 8 mixes, 64 resident", decode_rate(ours.under(two_each(BATCH)), short))
-        table.add("ours, 8 mixes, again", decode_rate(ours.under(two_each(BATCH)), short))
+        table.add("ours, 8 mixes, 64 resident", decode_rate(*ways["ours, 8 mixes"])[0])
+        table.add("ours, 8 mixes, again", decode_rate(*ways["ours, 8 mixes"])[0])
         for adapter in adapters[BATCH:]:
             engine.remove(adapter.name)
         waits, slowest = hot_adds(engine, adapters[BATCH : BATCH + 20])
         table.add("hot add, steps until usable", waits)
         table.add("hot add, slowest step / median", slowest)
-    limit = byte_limit(adapters[:BATCH], engine, BATCH)
+    limit = byte_limit(base_bytes, adapters[:BATCH], engine)
     engine.close()
     return limit
 
 
-def rows(table: Table, limit: float) -> list[dict[str, object]]:
-    def row(
-        work: str, figure: float | None, peer: str, target: float | None, better: str = "higher"
-    ) -> dict[str, object]:
-        rounded = None if figure is None else round(figure, 3)
-        return {
-            "work": work,
-            "figure": rounded,
-            "unit": "x",
-            "peer": peer,
-            "target": target,
-            "better": better,
-        }
+def llama_ways(
+    kind: str, folder: Path, adapters: Sequence[Path], short: Prompts, one: Prompts
+) -> dict[str, tuple[Answers, Prompts]]:
+    name = {"bf16": "bf16", "q8_0": "Q8_0"}[kind]
+    llama = Llama(folder / f"{kind}.gguf", adapters)
+    print(f"llama.cpp {name}: {llama.system}")
+    return {
+        f"llama.cpp {name}, 8 mixes": (llama.under(two_each(BATCH)), short),
+        f"llama.cpp {name}, 1 mix": (llama.under(two_each(1)), one),
+    }
 
-    eight = "ours, 8 mixes"
+
+def memory_apart() -> dict[str, float]:
+    """`memory()` in a process that does nothing else."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--memory"]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(found.stdout.splitlines()[-1]))
+
+
+def rows(table: Table, limit: float, memory: dict[str, float]) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
+
+    def row(
+        work: str,
+        figure: float | None,
+        peer: str,
+        target: float | None,
+        better: str = "higher",
+        unit: str = "x",
+    ) -> None:
+        rounded = None if figure is None else round(figure, 3)
+        found.append(
+            {
+                "work": work,
+                "figure": rounded,
+                "unit": unit,
+                "peer": peer,
+                "target": target,
+                "better": better,
+            }
+        )
+
+    eight, one = "ours, 8 mixes", "ours, 1 mix"
     against = table.ratio(eight, "ours, bare base")
-    counts = (1, 2, 4, 8, 16, 32)
-    rates = [table.median(f"ours, {count} at once") or 0.0 for count in counts]
-    steps = [b / a for a, b in pairwise(rates)]
-    return [
-        row(
-            f"decode 8 mixes, of the byte limit {limit:.3f}",
-            against and against / limit,
-            "ours, bare base",
-            0.93,
-        ),
-        row("decode 8 mixes", table.ratio(eight, "PEFT, one adapter each"), "PEFT", 2.5),
-        row("decode 8 mixes", table.ratio(eight, "llama.cpp bf16, 8 mixes"), "llama.cpp bf16", 2.5),
-        row(
-            "decode 8 mixes", table.ratio(eight, "llama.cpp Q8_0, 8 mixes"), "llama.cpp Q8_0", None
-        ),
-        row("decode 1 mix", table.ratio("ours, 1 mix", "ours, bare, 1"), "ours, bare base", 0.85),
-        row(
-            "decode 1 mix",
-            table.ratio("ours, 1 mix", "llama.cpp bf16, 1 mix"),
-            "llama.cpp bf16",
-            0.9,
-        ),
-        row(
-            "prefill 8 x 512", table.ratio("prefill, 8 mixes", "prefill, bare"), "ours, bare", 0.85
-        ),
-        row(
-            "decode 8 bare",
-            table.ratio("ours, bare base", "transformers, static batch"),
-            "transformers, static batch",
-            1.0,
-        ),
-        row(
-            "decode 8 bare",
-            table.ratio("ours, bare base", "transformers, continuous"),
-            "transformers, continuous batching",
-            1.3,
-        ),
-        row(
-            "decode 8 mixes, 64 adapters resident",
-            table.ratio("ours, 8 mixes, 64 resident", eight),
-            "ours, 8 resident",
-            0.95,
-        ),
-        row("tokens/s at twice the requests, least of 1 to 32", min(steps), "half as many", 1.0),
-        row(
-            "hot add, steps until usable, worst of 20",
-            table.median("hot add, steps until usable"),
-            "decode steps",
-            2,
-            "lower",
-        ),
-        row(
-            "hot add, slowest step",
-            table.median("hot add, slowest step / median"),
-            "median step",
-            1.15,
-            "lower",
-        ),
-    ]
+    rates = [table.median(f"ours, {count} at once") or 0.0 for count in COUNTS]
+    growth = min(after / before for before, after in pairwise(rates))
+    allowed = memory["base"] + memory["kv"] + memory["adapters"]
+    row("decode 8 mixes", against, "our bare base", None)
+    row(f"decode 8 mixes, of the byte limit {limit:.3f}", against and against / limit, "it", 0.93)
+    for peer, target in (("PEFT, one adapter each", 2.5), ("llama.cpp bf16, 8 mixes", 2.5)):
+        row("decode 8 mixes", table.ratio(eight, peer), peer, target)
+    row("decode 8 mixes", table.ratio(eight, "llama.cpp Q8_0, 8 mixes"), "llama.cpp Q8_0", None)
+    row("decode 1 mix", table.ratio(one, "ours, bare, 1"), "our bare base", 0.85)
+    row("decode 1 mix", table.ratio(one, "llama.cpp bf16, 1 mix"), "llama.cpp bf16", 0.9)
+    row("prefill 8 x 512", table.ratio("prefill, 8 mixes", "prefill, bare"), "our bare base", 0.85)
+    for peer, target in (("transformers, static batch", 1.0), ("transformers, continuous", 1.3)):
+        row("decode 8 bare", table.ratio("ours, bare base", peer), peer, target)
+    row(
+        "decode 8 mixes, 64 adapters resident",
+        table.ratio("ours, 8 mixes, 64 resident", eight),
+        "8 resident",
+        0.95,
+    )
+    row("tokens/s at twice the requests, least of 1 to 32", growth, "half as many", 1.0)
+    row(
+        "peak memory less base, KV budget and adapters",
+        (memory["peak"] - allowed) / 1e6,
+        "its parts",
+        600,
+        "lower",
+        "MB",
+    )
+    row(
+        "hot add, steps until usable, worst of 20",
+        table.median("hot add, steps until usable"),
+        "none",
+        2,
+        "lower",
+        "steps",
+    )
+    slowest = table.median("hot add, slowest step / median")
+    row("hot add, slowest step", slowest, "median step", 1.15, "lower")
+    first = ": first token of 512, s"
+    ratio = table.ratio(one + first, "llama.cpp bf16, 1 mix" + first)
+    row("time to first token, 512 under 1 mix", ratio, "llama.cpp bf16", None, "lower")
+    cpu = ": CPU ms a token"
+    for peer in ("PEFT, one adapter each", "llama.cpp bf16, 8 mixes"):
+        ratio = table.ratio(eight + cpu, peer + cpu)
+        row("CPU time a token, 8 mixes", ratio, peer, None, "lower")
+    return found
+
+
+def plot(table: Table, path: Path) -> None:
+    """Tokens per second, ours and theirs, as bars."""
+    from matplotlib import pyplot
+
+    names = [name for name in table.figures if ":" not in name and "hot" not in name]
+    names = [name for name in names if "prefill" not in name]
+    figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(names) + 1))
+    colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
+    bars = axes.barh(names, [table.median(name) or 0.0 for name in names], color=colours)
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("tokens per second, all requests together (random Qwen3-0.6B shape, bfloat16)")
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round instead of five")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--plot", type=Path, help="draw the rates here (SVG or PNG)")
+    parser.add_argument("--memory", action="store_true", help="only the memory figure's parts")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
+    if options.memory:
+        print(json.dumps(memory()))
+        sys.exit()
+    apart = memory_apart()
     table = Table()
     with tempfile.TemporaryDirectory() as place:
         limit = measure(table, 1 if options.quick else 5, Path(place))
-    found = rows(table, limit)
+    found = rows(table, limit, apart)
     for entry in found:
         target = "" if entry["target"] is None else f"(target {entry['target']})"
-        print(f"{entry['work']:52} {entry['figure']} x {entry['peer']} {target}")
+        figure = f"{entry['figure']} {entry['unit']}"
+        print(f"{entry['work']:50} {figure:>14}  {entry['peer']} {target}")
     if options.json:
         options.json.write_text(json.dumps({"rows": found}, indent=2) + "\n", "utf-8")
+    if options.plot:
+        plot(table, options.plot)

@@ -52,10 +52,18 @@ GGUF_NAMES = {
 
 def random_model() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE)).bfloat16().eval().requires_grad_(False)
+    torch.set_default_dtype(torch.bfloat16)  # so it never takes the memory of float32
+    try:
+        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def size_bytes(model: Qwen3ForCausalLM) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
 
 def same_weights(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loramix.engine import Request, Sampling
+from loramix.engine import Request, Sampling, scheduler
 from loramix.engine.local import LocalEngine
 from loramix.mix import Mix
 from tests.tiny import folded, random_adapter, tiny_base, tiny_model
@@ -47,8 +47,14 @@ few = settings(
 
 
 @pytest.fixture(params=ENGINES)
-def open_engine(request):
+def open_engine(request, own_gates):
     return ENGINES[request.param]
+
+
+@pytest.fixture(params=[scheduler.OWN_GATES, 4], ids=["side by side", "spans of their own"])
+def own_gates(request, monkeypatch):
+    """These prompts are short: with 4, most have gates of their own, as long ones do."""
+    monkeypatch.setattr(scheduler, "OWN_GATES", request.param)
 
 
 @cache

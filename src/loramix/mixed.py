@@ -7,10 +7,9 @@ g gives each rank column the weight its row gives to the adapter that owns it. A
 row of weights: no merge, no load. The engine serves through these layers and training learns
 through them, so what was trained is what is served.
 
-Side by side suits tokens of many requests, a few each. Layers that are given the same input (q, k
-and v; gate and up) then share one product for all their A's. A long prompt has its own span of
-the row, and gates of its own for each adapter of its mix: it pays for those alone, and nothing is
-copied.
+Side by side suits tokens of many requests, a few each. A long prompt has its own span of the row,
+and its own gates: it pays for the adapters of its mix alone. Layers that are given the same input
+(q, k and v; gate and up) share one product for all their A's.
 
 DoRA stays exact. With c = magnitude / |W + b a| per output, its update is
 dW x = c * (b a x) + (c - 1) * (W x): c is folded into b when the adapter is bound to the layer,
@@ -389,21 +388,25 @@ class MixedModel:
         self._sets = [names for names in self._sets if name not in names]
         self.digests.pop(name, None)
 
-    def together(self, names: Iterable[str]) -> tuple[str, ...]:
+    def together(self, names: Iterable[str], spare: float = 0.5) -> tuple[str, ...]:
         """A set of adapters to keep side by side that has these: one in use, if little larger.
 
-        Copying the factors of a set costs about a step, reading a few that are not needed a
-        percent each.
+        Copying the factors of a set costs about a step, reading one that is not needed a percent of
+        one: up to `spare` more than these are taken into the bargain.
         """
         wanted = set(names)
-        fit = [s for s in self._sets if wanted <= set(s) and 2 * len(s) <= 3 * len(wanted)]
+        most = len(wanted) * (1 + spare)
+        fit = [found for found in self._sets if wanted <= set(found) and len(found) <= most]
         chosen = min(fit, key=len, default=tuple(sorted(wanted)))
-        self._sets = [*(names for names in self._sets if names != chosen), chosen]
-        while len(self._sets) > MAX_SETS:
-            oldest = self._sets.pop(0)
-            for layer in self.layers.values():
-                layer.siblings.drop(oldest)
+        self._sets = [*(found for found in self._sets if found != chosen), chosen]
         return chosen
+
+    def tidy(self) -> None:
+        """Drop the copies of all but the sets that were used last."""
+        for old in self._sets[:-MAX_SETS]:
+            for layer in self.layers.values():
+                layer.siblings.drop(old)
+        self._sets = self._sets[-MAX_SETS:]
 
     def release(self) -> None:
         """Put the base's own layers back; the model is as it was before it was wrapped."""

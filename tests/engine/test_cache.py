@@ -66,7 +66,7 @@ keyed = st.tuples(st.sampled_from(["base", "a", "a:0.5"]), token_lists)
 def test_the_longest_prefix_of_the_same_key_is_found(stored, asked):
     cache = PrefixCache(1 << 30)
     for key, tokens in stored:
-        cache.store(key, tokens, history_of(tokens))
+        cache.store(key, tokens, history_of(tokens), 1)
     key, tokens = asked
     lengths = [0]
     for other, seen in stored:
@@ -84,7 +84,7 @@ def test_the_budget_holds_and_the_newest_survive(stored, room):
     size = history_of([0]).size_bytes
     cache = PrefixCache(room * size)
     for key, tokens in stored:
-        cache.store(key, tokens, history_of(tokens))
+        cache.store(key, tokens, history_of(tokens), 1)
         assert cache.size_bytes == len(cache) * size <= cache.limit_bytes
     if stored and room:
         key, tokens = stored[-1]
@@ -93,27 +93,53 @@ def test_the_budget_holds_and_the_newest_survive(stored, room):
 
 def test_what_was_used_last_is_evicted_last():
     cache = PrefixCache(2 * history_of([0]).size_bytes)
-    cache.store("base", [1, 2], history_of([1, 2]))
-    cache.store("base", [3, 4], history_of([3, 4]))
+    cache.store("base", [1, 2], history_of([1, 2]), 1)
+    cache.store("base", [3, 4], history_of([3, 4]), 1)
     cache.longest("base", [1, 2])
-    cache.store("base", [5, 6], history_of([5, 6]))
+    cache.store("base", [5, 6], history_of([5, 6]), 1)
     assert [cache.longest("base", [t, t + 1]).num_tokens for t in (1, 3, 5)] == [2, 0, 2]
 
 
 def test_a_continued_conversation_replaces_its_beginning():
     cache = PrefixCache(1 << 30)
-    cache.store("base", [1, 2], history_of([1, 2]))
-    cache.store("a", [1, 2], history_of([1, 2]))
-    cache.store("base", [1, 2, 3], history_of([1, 2, 3]))
+    cache.store("base", [1, 2], history_of([1, 2]), 1)
+    cache.store("a", [1, 2], history_of([1, 2]), 1)
+    cache.store("base", [1, 2, 3], history_of([1, 2, 3]), 1)
     assert len(cache) == 2
 
 
 def test_a_prefix_can_be_continued_without_touching_the_stored():
     cache = PrefixCache(1 << 30)
-    cache.store("base", [1, 2, 3], history_of([1, 2, 3]))
+    cache.store("base", [1, 2, 3], history_of([1, 2, 3]), 1)
     copy = cache.longest("base", [1, 2, 9])
     new = torch.full((1, 2, 1, 4), 9.0)
     copy.append(0, new, -new)
     copy.advance(1)
     assert tokens_of(copy) == [1, 2, 9]
     assert tokens_of(cache.longest("base", [1, 2, 3])) == [1, 2, 3]
+
+
+def test_kept_history_is_an_earlier_turn_whatever_its_key():
+    cache = PrefixCache(1 << 30)
+    cache.store("a", [1, 2, 3, 4], history_of([1, 2, 3, 4]), 3)
+    asked = [1, 2, 3, 4, 5]
+    assert cache.longest("b", asked).num_tokens == 0
+    kept = cache.longest("b", asked, keep=True)
+    assert (kept.num_tokens, kept.num_kept) == (4, 4)
+    assert cache.longest("b", [1, 2, 3, 9], keep=True).num_tokens == 0  # its prompt alone: no turn
+    exact = cache.longest("a", asked, keep=True)
+    assert (exact.num_tokens, exact.num_kept) == (4, 0)
+
+
+def test_what_was_kept_is_never_taken_for_exact():
+    cache = PrefixCache(1 << 30)
+    cache.store("a", [1, 2], history_of([1, 2]), 1)
+    kept = cache.longest("b", [1, 2, 3, 4], keep=True)
+    kept.append(0, torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4))
+    kept.advance(1)
+    cache.store("b", [1, 2, 3], kept, 2)
+    assert cache.longest("b", [1, 2, 3, 4]).num_tokens == 0
+    assert cache.longest("b", [1, 2, 3, 4], keep=True).num_kept == 3
+    cache.store("b", [1, 2, 3], history_of([1, 2, 3]), 1)
+    best = cache.longest("b", [1, 2, 3, 4], keep=True)
+    assert (best.num_tokens, best.num_kept) == (3, 0)

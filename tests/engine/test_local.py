@@ -631,3 +631,112 @@ def test_an_adapted_output_layer_answers_as_folded_weights_do_beside_others(base
             for prompt, mix in zip(("the", longer, "a"), mixes, strict=True)
         ]
         assert [answer.tokens for answer in engine.generate(requests)] == wanted
+
+
+def test_several_answers_share_their_prompt_and_nothing_else(base):
+    mix = Mix({"a": 0.5, "b": 0.5})
+    drawn = Sampling(temperature=1.5, max_tokens=12, seed=7)
+    one = Request("on the other hand", mix, drawn)
+    with LocalEngine(base, two_adapters(base.model), max_batch=3, reuse=False) as engine:
+        (alone,) = engine.generate([one])
+        answers = engine.generate([replace(one, n=5), greedy("the cat")])
+        again = engine.generate([replace(one, n=5)])
+    assert [answer.index for answer in answers] == [0, 1, 2, 3, 4, 0]
+    assert answers[0].tokens == alone.tokens
+    assert len({answer.tokens for answer in answers[:5]}) == 5
+    assert [answer.tokens for answer in again] == [answer.tokens for answer in answers[:5]]
+    num_prompt = alone.num_prompt_tokens
+    assert [a.num_cached_tokens for a in answers[:3]] == [0, num_prompt - 1, num_prompt - 1]
+
+
+def test_greedy_answers_are_equal_even_when_the_first_is_given_up(base):
+    many = replace(greedy("the cat in a thing", Mix({"a": 1}), max_tokens=30), n=3)
+
+    async def first_words(engine):
+        stream = engine.stream(many)
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    with LocalEngine(base, two_adapters(base.model), step_tokens=2) as engine:
+        asyncio.run(first_words(engine))
+        (alone,) = engine.generate([replace(many, n=1)])
+        assert {answer.text for answer in engine.generate([many])} == {alone.text}
+
+
+def test_a_stream_of_several_answers_says_which_is_which(engine):
+    many = replace(greedy("the cat", Mix({"a": 1})), n=3)
+
+    async def collect():
+        found = {}
+        async for chunk in engine.stream(many):
+            found.setdefault(chunk.index, []).append(chunk)
+        return found
+
+    found = asyncio.run(collect())
+    expected = [answer.text for answer in engine.generate([many])]
+    assert ["".join(c.text for c in found[n]) for n in range(3)] == expected
+    assert all(chunks[-1].finish for chunks in found.values())
+
+
+@pytest.mark.parametrize("change", [{"n": 0}, {"n": 2.0}, {"n": 1000}, {"history": "some"}])
+def test_requests_that_mean_nothing_are_refused(change):
+    with pytest.raises(BadRequest, match="expected"):
+        Request("the cat", **change)
+
+
+def changed_midway(first, second, switch, prompt, steps):
+    """Greedy tokens when the second model goes on over the first's keys and values."""
+    with torch.inference_mode():
+        seen = first(torch.tensor([prompt[:switch]]), use_cache=True).past_key_values
+        ids, found = torch.tensor([prompt[switch:]]), []
+        for _ in range(steps):
+            output = second(ids, past_key_values=seen, use_cache=True)
+            found.append(int(output.logits[0, -1].argmax()))
+            ids = torch.tensor([[found[-1]]])
+    return tuple(found)
+
+
+def test_a_kept_history_is_continued_under_the_new_mix_and_never_taken_for_exact(base):
+    adapters = {adapter.name: adapter for adapter in two_adapters(base.model)}
+    before, after = Mix({"a": 1}), Mix({"a": -0.5, "b": 1.5})
+    first, second = (folded(tiny_model(), mix, adapters) for mix in (before, after))
+    start = tuple(range(20, 34))
+    with LocalEngine(base, adapters.values()) as engine:
+        (turn,) = engine.generate([greedy(start, before, max_tokens=9)])
+        asked = (*start, *turn.tokens, 40, 41, 42)
+        switch = len(start) + len(turn.tokens) - 1  # its last token was never computed
+        keeping = replace(greedy(asked, after, max_tokens=12), history="keep")
+        (kept,) = engine.generate([keeping])
+        assert kept.num_kept_tokens == kept.num_cached_tokens == switch
+        assert kept.tokens == changed_midway(first, second, switch, asked, len(kept.tokens))
+
+        (exact,) = engine.generate([greedy(asked, after, max_tokens=12)])
+        assert (exact.num_cached_tokens, exact.num_kept_tokens) == (0, 0)
+        assert exact.tokens != kept.tokens
+
+        longer = (*asked, *kept.tokens, 43)
+        (next_turn,) = engine.generate([replace(keeping, prompt=longer)])
+        assert next_turn.num_kept_tokens == len(asked) + len(kept.tokens) - 1
+        other = (*start[:10], 50, 51)  # begins alike, but is another conversation
+        (stranger,) = engine.generate([replace(keeping, prompt=other)])
+        assert stranger.num_kept_tokens == 0
+
+
+def test_a_set_of_adapters_stays_side_by_side_while_the_batch_changes_within_it(base):
+    adapters = [random_adapter(base.model, name, rank=2, seed=n) for n, name in enumerate("abcd")]
+    with LocalEngine(base, adapters) as engine:
+        mixed = engine._core.mixed
+        engine.generate([greedy("the cat", Mix({name: 1})) for name in "abc"])
+        (three,) = mixed._sets
+        engine.generate([greedy("in", Mix({name: 0.5})) for name in "ab"])
+        assert mixed._sets == [three]  # the set of three has these two
+        engine.generate([greedy("in", Mix({"d": 1}))])
+        assert mixed._sets[-1] == (engine._residents.hold("d").bound,)
+        engine.remove("a")
+        engine.generate([greedy("in", Mix({"b": 1}))])
+        assert three not in mixed._sets
+        for name in "bcd":
+            engine.generate([greedy("in", Mix({name: 1, "b": 0.1}))])
+        kept = {len(layer.siblings._blocks) for layer in mixed.layers.values()}
+        assert max(kept) <= 4 + 1  # the step's own

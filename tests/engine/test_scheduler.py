@@ -86,7 +86,7 @@ def test_everybody_is_computed_once_within_the_budget(sizes, max_batch, step_tok
     assert starts == sorted(starts)  # one-token prompts go first with those who answer
 
 
-def together(names):
+def together(names, spare):
     return tuple(sorted(names))
 
 
@@ -178,14 +178,14 @@ def test_one_that_does_not_fit_yet_waits_and_nobody_overtakes_it():
 
 
 def test_a_long_span_has_gates_of_its_own():
-    queue = scheduler(max_batch=5, step_tokens=60)
-    sizes_and_weights = [(1, "a"), (2, "b"), (20, "a"), (3, None), (17, None)]
+    queue = scheduler(max_batch=5, step_tokens=200)
+    sizes_and_weights = [(1, "a"), (2, "b"), (70, "a"), (3, None), (67, None)]
     for size, name in sizes_and_weights:
         queue.add(task(size, weights=((name, 0.5),) if name else ()))
     found = queue.next_batch().gates(together, torch.device("cpu"))
     assert [(gates.adapters, gates.span) for gates in found] == [
         (("a", "b"), (0, 3)),
-        (("a",), (3, 23)),
+        (("a",), (3, 73)),
     ]
     assert found[0].weights[0].tolist() == [[0.5, 0], [0, 0.5], [0, 0.5]]
-    assert found[1].weights.tolist() == [[[0.5]]]
+    assert found[1].weights.tolist() == [[[0.5]] * 70]

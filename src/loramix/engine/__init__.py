@@ -11,6 +11,7 @@ from loramix.errors import BadRequest
 from loramix.mix import Mix
 
 Finish = Literal["stop", "length", "cancelled"]
+MAX_ANSWERS = 128  # to one request
 MAX_BIAS = 1000  # more would change nothing: logits are tens
 MAX_LOGPROBS = 20  # alternatives that can be asked for at each token, as in OpenAI's API
 
@@ -77,11 +78,26 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue, under one mix."""
+    """One prompt to continue, under one mix, `n` times.
+
+    With a seed, the first of n answers is the one that n = 1 gives, and each has its own random
+    numbers. `history` says what becomes of earlier turns that were computed under another mix:
+    "exact" computes them again under this one; "keep" keeps their keys and values, if they are
+    still in memory, and applies this mix from the next token on. That is faster, an approximation,
+    and not repeatable by the name of the mix; `Answer.num_kept_tokens` says how much was kept.
+    """
 
     prompt: tuple[Message, ...] | str | tuple[int, ...]  # chat, raw text, or token ids
     mix: Mix = Mix()
     sampling: Sampling = Sampling()
+    n: int = 1
+    history: Literal["exact", "keep"] = "exact"
+
+    def __post_init__(self) -> None:
+        if type(self.n) is not int or not 1 <= self.n <= MAX_ANSWERS:
+            raise BadRequest(f"n is {self.n}; expected a whole number of 1 to {MAX_ANSWERS}.")
+        if self.history not in ("exact", "keep"):
+            raise BadRequest(f"history is {self.history!r}; expected 'exact' or 'keep'.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,25 +111,28 @@ class LogProb:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Text as it appears; the last chunk of a request says why it ended, and its prompt's size."""
+    """Text as it appears; the last chunk of an answer says why it ended, and its prompt's size."""
 
     text: str
     num_tokens: int
     finish: Finish | None = None
     num_prompt_tokens: int = 0  # set on the last chunk, as in `Answer`
     logprobs: tuple[LogProb, ...] = ()  # of these tokens, if asked for
+    index: int = 0  # of the answer, where a request has several
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished request."""
+    """A finished answer."""
 
     text: str
     tokens: tuple[int, ...]
     finish: Finish
     num_prompt_tokens: int
-    num_cached_tokens: int = 0  # of the prompt, taken from the cache of the same mix
+    num_cached_tokens: int = 0  # of the prompt, not computed for this answer
+    num_kept_tokens: int = 0  # of these, computed under another mix (`history="keep"`)
     logprobs: tuple[LogProb, ...] = ()  # of each token, if asked for
+    index: int = 0  # where a request has several
 
     @property
     def num_tokens(self) -> int:
@@ -124,7 +143,7 @@ class Engine(Protocol):
     """What the server, the benchmark and the search need from whatever runs the model."""
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer all requests as one running batch, in order."""
+        """Answer all requests as one running batch; the `n` answers of each, in order."""
 
     def stream(self, request: Request) -> AsyncIterator[Chunk]:
         """Join the running batch and yield text as it comes; closing the iterator cancels."""

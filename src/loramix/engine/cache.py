@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+KEPT = "kept "  # before the key of what is right under no key
 ROOM = 64  # tokens that a new buffer holds at least
 
 
@@ -20,12 +22,14 @@ class History:
     """The keys and values of one request, per layer, in buffers that double when they are full.
 
     Within a step each layer appends at `num_tokens`, and `advance` ends the step. Buffers get no
-    more room than for `limit` tokens, if it is known that there will be no more.
+    more room than for `limit` tokens, if it is known that there will be no more. The first
+    `num_kept` tokens were computed under another mix.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.num_tokens = 0
         self.limit = limit
+        self.num_kept = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # each [1, H, room, D]
 
     @property
@@ -58,6 +62,7 @@ class History:
         assert num_tokens <= self.num_tokens
         copy = History(limit)
         copy.num_tokens = num_tokens
+        copy.num_kept = min(self.num_kept, num_tokens)
         for layer, (keys, values) in self._layers.items():
             room = copy._room(0, num_tokens + 1)
             copy._layers[layer] = _grown(keys, num_tokens, room), _grown(values, num_tokens, room)
@@ -77,35 +82,57 @@ def _grown(buffer: Tensor, used: int, room: int) -> Tensor:
     return grown
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of a finished request."""
+
+    history: History
+    num_prompt: int  # its first tokens; the others are the answer
+
+
 class PrefixCache:
-    """Finished requests' keys and values, least recently used first, within a budget of bytes."""
+    """Finished requests' keys and values, least recently used first, within a budget of bytes.
+
+    They are found under the key they were stored under. One with kept tokens is right under no key
+    and serves only requests that keep their history too.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         self.limit_bytes = size_bytes
         self.size_bytes = 0
-        self._entries: OrderedDict[tuple[str, bytes], History] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, bytes], Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def longest(self, key: str, tokens: Sequence[int], limit: int | None = None) -> History:
+    def longest(
+        self, key: str, tokens: Sequence[int], limit: int | None = None, *, keep: bool = False
+    ) -> History:
         """A history of the longest prefix of `tokens` computed under the same key; maybe empty.
 
-        It is a copy, to grow to `limit` tokens at most.
+        With `keep`, also an earlier turn of the conversation under any key, if it is longer: its
+        prompt and some of its answer. It is a copy, to grow to `limit` tokens at most.
         """
         wanted = np.asarray(tokens, dtype=np.int64)
         raw = wanted.tobytes()
         best, best_name = 0, None
-        for name in self._entries:  # one that shares a token more than the best so far is better
-            more = 8 * (best + 1)
-            if best < len(wanted) and name[0] == key and name[1][:more] == raw[:more]:
+        own = [name for name in self._entries if name[0] == key]
+        others = [name for name in self._entries if name[0] != key] if keep else []
+        for name in [*own, *others]:
+            # One that shares a token more than the best so far is better, and of another key one
+            # that goes beyond its prompt.
+            least = best if name[0] == key else max(best, self._entries[name].num_prompt)
+            if least < len(wanted) and name[1][: 8 * (least + 1)] == raw[: 8 * (least + 1)]:
                 best, best_name = _shared(wanted, np.frombuffer(name[1], np.int64)), name
         if best_name is None:
             return History(limit)
         self._entries.move_to_end(best_name)
-        return self._entries[best_name].prefix(best, limit)
+        copy = self._entries[best_name].history.prefix(best, limit)
+        if best_name[0] != key:
+            copy.num_kept = best
+        return copy
 
-    def store(self, key: str, tokens: Sequence[int], history: History) -> None:
+    def store(self, key: str, tokens: Sequence[int], history: History, num_prompt: int) -> None:
         """Keep a finished request's history, which must not be appended to any more.
 
         Entries that it continues are dropped: it serves whatever they served.
@@ -113,10 +140,11 @@ class PrefixCache:
         assert history.num_tokens == len(tokens)
         if not tokens or history.size_bytes > self.limit_bytes:
             return
+        key = f"{KEPT}{key}" if history.num_kept else key
         name = (key, np.asarray(tokens, dtype=np.int64).tobytes())
         for old in [old for old in self._entries if old[0] == key and name[1].startswith(old[1])]:
             self._drop(old)
-        self._entries[name] = history
+        self._entries[name] = Entry(history, num_prompt)
         self.size_bytes += history.size_bytes
         self.resize(self.limit_bytes)
 
@@ -127,7 +155,7 @@ class PrefixCache:
             self._drop(next(iter(self._entries)))
 
     def _drop(self, name: tuple[str, bytes]) -> None:
-        self.size_bytes -= self._entries.pop(name).size_bytes
+        self.size_bytes -= self._entries.pop(name).history.size_bytes
 
 
 def _shared(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:

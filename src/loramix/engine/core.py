@@ -118,6 +118,7 @@ class Core:
         model: Any = self.model
         head = model.get_output_embeddings()
         whole = isinstance(head, MixedLinear) and bool(head.bound)
+        self.mixed.tidy()
         gates = batch.gates(self.mixed.together, device)
         with torch.inference_mode(), self.mixed.active.using(*gates):
             with packed(self._configs):
@@ -136,6 +137,7 @@ class Core:
         try:
             while not self._closed:
                 if self.scheduler.is_idle:
+                    rest()
                     self._calls.get()()
                 self._obey()
                 if not self.scheduler.is_idle:

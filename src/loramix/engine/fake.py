@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from loramix.engine import Answer, Chunk, Finish, Request
 from loramix.errors import BadRequest
@@ -15,14 +16,17 @@ class FakeEngine:
     """
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        return [_answer(request) for request in requests]
+        return [
+            replace(_answer(request), index=n) for request in requests for n in range(request.n)
+        ]
 
     async def stream(self, request: Request) -> AsyncIterator[Chunk]:
         answer = _answer(request)
         words = answer.text.split(" ")
-        for word in words[:-1]:
-            yield Chunk(word + " ", num_tokens=1)
-        yield Chunk(words[-1], 1, answer.finish, answer.num_prompt_tokens)
+        for n in range(request.n):
+            for word in words[:-1]:
+                yield Chunk(word + " ", num_tokens=1, index=n)
+            yield Chunk(words[-1], 1, answer.finish, answer.num_prompt_tokens, index=n)
 
     def close(self) -> None:
         """It holds nothing."""

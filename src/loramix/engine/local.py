@@ -38,13 +38,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a request comes to: tokens to compute, and a reader from the prompt's last one on."""
+    """What an answer comes to: tokens to compute, and a reader from the prompt's last one on."""
 
-    mix: Mix
+    request: Request
     tokens: Sequence[int]
     num_prompt: int
     limit: int  # tokens that are computed at most
     reader: Reader
+    index: int = 0
 
 
 class LocalEngine:
@@ -165,17 +166,19 @@ class LocalEngine:
                 self._core.unbind(resident.bound)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer all requests as one running batch, in order; wait while the queue is full.
+        """Answer all requests as one running batch; wait while the queue is full.
 
-        All are checked before any is begun. Raises BadRequest, TooLong, UnknownAdapter, and when
-        one of them fails EngineError, or AdapterError if it was an adapter that cannot be read or
-        does not fit; the others are then cancelled.
+        The answers are in order, the `n` of a request one after the other. All requests are checked
+        before any is begun. Raises BadRequest, TooLong, UnknownAdapter, and when one of them fails
+        EngineError, or AdapterError if it was an adapter that cannot be read or does not fit; the
+        others are then cancelled.
         """
-        prompts = [self._prompt(request) for request in requests]
-        writers = [self._writer(r, p, _ignore) for r, p in zip(requests, prompts, strict=True)]
-        jobs = [self._job(*parts) for parts in zip(requests, prompts, writers, strict=True)]
-        tasks = self._finish(jobs)
-        return [w.answer(t.num_cached_tokens) for w, t in zip(writers, tasks, strict=True)]
+        written = [one for request in requests for one in self._written(request, _ignore)]
+        tasks = self._finish([job for job, _ in written])
+        return [
+            writer.answer(task.num_cached_tokens, task.history.num_kept)
+            for (_, writer), task in zip(written, tasks, strict=True)
+        ]
 
     def score(self, requests: Sequence[Request], continuations: Sequence[str]) -> list[float]:
         """Log-likelihood in nats of each continuation, summed over its tokens, as one batch.
@@ -194,7 +197,7 @@ class LocalEngine:
             prompt, targets = self._continued(request, continuation)
             scorers.append(Scorer(targets))
             tokens = [*prompt, *targets[:-1]]
-            jobs.append(Job(request.mix, tokens, len(prompt), len(tokens), scorers[-1]))
+            jobs.append(Job(request, tokens, len(prompt), len(tokens), scorers[-1]))
         self._finish(jobs)
         return [scorer.total for scorer in scorers]
 
@@ -211,39 +214,53 @@ class LocalEngine:
             with contextlib.suppress(RuntimeError):  # the loop has ended, nobody is listening
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        prompt = self._prompt(request)
-        writer = self._writer(request, prompt, send)
+        jobs = [job for job, _ in self._written(request, send)]
         await self._in_memory(request.mix)
-        task = self._task(self._job(request, prompt, writer), wait=False)
-        task.done.add_done_callback(lambda _: send(None))
+        ready: list[Task] = []
+        tasks: list[Task] = []
         try:
-            self._core.submit([task])
-        except BaseException:
-            self._abandon(task)
-            raise
-        try:
-            while (chunk := await events.get()) is not None:
-                yield chunk
-            task.done.result()
+            for job in jobs:
+                ready.append(self._task(job, ready[-1:], wait=False))
+                ready[-1].done.add_done_callback(lambda _: send(None))
+            self._submit(ready, tasks)
+            num_done = 0
+            while num_done < len(tasks):
+                if (chunk := await events.get()) is not None:
+                    yield chunk
+                    continue
+                num_done += 1
+                for task in tasks:
+                    if task.done.done():
+                        task.done.result()
         finally:
-            self._core.cancel(task)
+            for task in ready:
+                self._abandon(task)
+            for task in tasks:
+                self._core.cancel(task)
 
-    def _job(self, request: Request, prompt: Sequence[int], writer: Writer) -> Job:
+    def _written(self, request: Request, send: Callable[[Chunk], None]) -> list[tuple[Job, Writer]]:
+        """A job and its writer for each of a request's answers."""
+        prompt = self._prompt(request)
         limit = len(prompt) + request.sampling.max_tokens - 1  # the last token is not computed
-        return Job(request.mix, prompt, len(prompt), limit, writer)
+        writers = [self._writer(request, prompt, index, send) for index in range(request.n)]
+        return [
+            (Job(request, prompt, len(prompt), limit, writer, index), writer)
+            for index, writer in enumerate(writers)
+        ]
 
     def _finish(self, jobs: Sequence[Job]) -> list[Task]:
         """Run all jobs to their end; if one fails, or the caller gives up, cancel the rest."""
-        self._require_known(name for job in jobs for name in job.mix)
+        self._require_known(name for job in jobs for name in job.request.mix)
         submitted: list[Task] = []
         ready: list[Task] = []  # those that begin together, so equal lists make equal batches
         try:
             for job in jobs:
+                before = [*submitted, *ready][-1:]
                 try:
-                    ready.append(self._task(job, wait=False))
+                    ready.append(self._task(job, before, wait=False))
                 except Busy:
                     self._submit(ready, submitted)
-                    ready.append(self._task(job, wait=True))
+                    ready.append(self._task(job, before, wait=True))
             self._submit(ready, submitted)
             for task in submitted:
                 task.done.result()
@@ -260,17 +277,30 @@ class LocalEngine:
         submitted += ready
         ready.clear()
 
-    def _task(self, job: Job, *, wait: bool) -> Task:
-        """A job with its adapters and a place in the queue; to be submitted, or abandoned."""
+    def _task(self, job: Job, before: Sequence[Task], *, wait: bool) -> Task:
+        """A job with its adapters and a place in the queue; to be submitted, or abandoned.
+
+        `before` is the task of the request's answer before this one, if it has any.
+        """
         if not self._scheduler.room.acquire(blocking=wait):
             raise Busy("The queue is full; try again when some requests have ended.")
         held: list[Resident] = []
         try:
-            held = self._hold(job.mix, wait=wait)
-            weights = tuple((r.bound, w) for r, w in zip(held, job.mix.values(), strict=True))
-            key = " ".join([str(job.mix), *(name for name, _ in weights)])
-            first_read = job.num_prompt - 1
-            task = Task(list(job.tokens), first_read, weights, key, job.reader, job.limit)
+            mix = job.request.mix
+            held = self._hold(mix, wait=wait)
+            weights = tuple((r.bound, w) for r, w in zip(held, mix.values(), strict=True))
+            task = Task(
+                list(job.tokens),
+                first_read=job.num_prompt - 1,
+                weights=weights,
+                key=" ".join([str(mix), *(name for name, _ in weights)]),
+                reader=job.reader,
+                limit=job.limit,
+                keep=job.request.history == "keep",
+                after=before[0] if job.index else None,
+            )
+            if task.after and task.after.key != task.key:  # an adapter was replaced in between
+                task.after = None
         except BaseException:
             self._release(held)
             self._scheduler.room.release()
@@ -343,19 +373,20 @@ class LocalEngine:
         return self.library
 
     def _writer(
-        self, request: Request, prompt: Sequence[int], send: Callable[[Chunk], None]
+        self, request: Request, prompt: Sequence[int], index: int, send: Callable[[Chunk], None]
     ) -> Writer:
         sampling, config = request.sampling, self._generation
         self._require_room(len(prompt), sampling.max_tokens)
         self._require_tokens(sampling.logit_bias, "logit_bias")
         return Writer(
-            Sampler(sampling, config, prompt),
+            Sampler(sampling, config, prompt, index),
             Detokenizer(self.base.tokenizer, prompt),
             StopStrings(sampling.stop),
             end=end_tokens(config),
             num_prompt_tokens=len(prompt),
             max_tokens=sampling.max_tokens,
             logprobs=sampling.logprobs,
+            index=index,
             send=send,
         )
 

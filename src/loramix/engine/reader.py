@@ -25,6 +25,7 @@ class Writer:
         num_prompt_tokens: int,
         max_tokens: int,
         logprobs: int | None = None,
+        index: int = 0,
         send: Callable[[Chunk], None],
     ) -> None:
         self.tokens: list[int] = []
@@ -37,6 +38,7 @@ class Writer:
         self._num_prompt_tokens = num_prompt_tokens
         self._max_tokens = max_tokens
         self._num_top = logprobs
+        self._index = index
         self._send = send
         self._texts: list[str] = []
         self._num_sent = 0
@@ -60,7 +62,7 @@ class Writer:
             self._send_on(text)
         return [] if self.finish else [token]
 
-    def answer(self, num_cached_tokens: int) -> Answer:
+    def answer(self, num_cached_tokens: int, num_kept_tokens: int) -> Answer:
         assert self.finish is not None
         return Answer(
             text="".join(self._texts),
@@ -68,7 +70,9 @@ class Writer:
             finish=self.finish,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=num_cached_tokens,
+            num_kept_tokens=num_kept_tokens,
             logprobs=tuple(self.logprobs),
+            index=self._index,
         )
 
     def _text(self, token: int) -> str:
@@ -86,7 +90,7 @@ class Writer:
         self._num_sent = len(self.tokens)
         self._texts.append(text)
         size = self._num_prompt_tokens if self.finish else 0
-        self._send(Chunk(text, num_tokens, self.finish, size, logprobs))
+        self._send(Chunk(text, num_tokens, self.finish, size, logprobs, self._index))
 
 
 class Scorer:

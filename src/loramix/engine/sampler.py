@@ -10,17 +10,23 @@ from transformers import GenerationConfig
 
 from loramix.engine import LogProb, Sampling
 
+SPREAD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: no two answers' seeds are neighbours
+
 
 class Sampler:
     """Picks one request's tokens from its logits, with random numbers of its own.
 
     So a seed gives the same tokens whatever runs beside it. What `sampling` leaves open comes from
     the model's generation config, and what that leaves open too is off: greedy, all tokens.
-    `prompt` counts for the repetition penalty.
+    `prompt` counts for the repetition penalty; `index` tells several answers to it apart.
     """
 
     def __init__(
-        self, sampling: Sampling, config: GenerationConfig, prompt: Sequence[int] = ()
+        self,
+        sampling: Sampling,
+        config: GenerationConfig,
+        prompt: Sequence[int] = (),
+        index: int = 0,
     ) -> None:
         self.temperature = sampling.temperature
         if self.temperature is None:
@@ -39,7 +45,7 @@ class Sampler:
         if sampling.seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed(sampling.seed)
+            self.generator.manual_seed((sampling.seed + index * SPREAD) % (1 << 64))
 
     def pick(self, logits: Tensor) -> int:
         """The next token, from float32 logits [V]."""

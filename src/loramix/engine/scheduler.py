@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -25,10 +25,10 @@ from loramix.engine.cache import History, PrefixCache
 from loramix.errors import EngineError
 from loramix.mixed import Gates
 
-OWN_GATES = 16  # tokens from which a span has gates of its own (see mixed.py)
+OWN_GATES = 64  # tokens from which a span has gates of its own (see mixed.py)
 
 
-Together = Callable[[Iterable[str]], tuple[str, ...]]  # adapters to keep side by side for these
+Together = Callable[[Iterable[str], float], tuple[str, ...]]  # `MixedModel.together`
 
 
 class Reader(Protocol):
@@ -46,8 +46,10 @@ class Task:
     """A request at work.
 
     `weights` name adapters as they are bound to the model; `key` is what its keys and values may
-    be shared under. Logits are read from position `first_read` on. At most `limit` tokens are
-    computed; 0 means those it has now.
+    be shared under, and with `keep` it takes those of earlier turns under other keys. Logits are
+    read from position `first_read` on. At most `limit` tokens are computed; 0 means those it has
+    now. A task that comes `after` another of the same prompt and key begins where that one has
+    computed the prompt.
     """
 
     tokens: list[int]
@@ -56,6 +58,8 @@ class Task:
     key: str
     reader: Reader
     limit: int = 0
+    keep: bool = False
+    after: Task | None = None
     done: Future[None] = field(default_factory=Future)
     history: History = field(default_factory=History)
     num_cached_tokens: int = 0
@@ -67,6 +71,19 @@ class Task:
     def num_pending(self) -> int:
         """Tokens that are known but not computed."""
         return len(self.tokens) - self.history.num_tokens
+
+    def is_held_up(self) -> bool:
+        """Whether the prompt is being computed for the task before; takes it over when it is."""
+        if self.after is None:
+            return False
+        first = self.after
+        if not first.done.done() and first.history.num_tokens < self.first_read:
+            return True
+        if not first.done.done() and self.history.num_tokens < self.first_read:
+            self.history = first.history.prefix(self.first_read, self.limit)
+            self.num_cached_tokens = self.history.num_tokens
+        self.after = None
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,33 +135,17 @@ class Batch:
     def gates(self, together: Together, device: torch.device) -> list[Gates]:
         """The mixes of the step: of long spans by themselves, of short ones side by side."""
         gates: list[Gates] = []
-        for long, group in groupby(self.parts, lambda part: part.span.num_rows >= OWN_GATES):
-            parts = list(group)
-            span = (
-                None if len(parts) == len(self.parts) else (parts[0].span.start, parts[-1].span.end)
-            )
-            if long:
-                gates += [one for part in parts for one in _own_gates(part, device)]
-            elif names := {name for part in parts for name, _ in part.task.weights}:
-                gates.append(_joint_gates(parts, together(names), span, device))
+        for long, parts in groupby(self.parts, lambda part: part.span.num_rows >= OWN_GATES):
+            neighbours = list(parts)
+            for group in [[part] for part in neighbours] if long else [neighbours]:
+                if names := {name for part in group for name, _ in part.task.weights}:
+                    gates.append(_gates(group, together(names, 0.0 if long else 0.5), device))
+        if len(gates) == 1 and gates[0].weights.shape[1] == self.spans[-1].end:
+            return [replace(gates[0], span=None)]
         return gates
 
 
-def _own_gates(part: Part, device: torch.device) -> list[Gates]:
-    """A gate for each adapter of a mix."""
-    span = (part.span.start, part.span.end)
-    return [
-        Gates((name,), torch.tensor([[[weight]]], device=device), span=span)
-        for name, weight in part.task.weights
-    ]
-
-
-def _joint_gates(
-    parts: Sequence[Part],
-    names: tuple[str, ...],
-    span: tuple[int, int] | None,
-    device: torch.device,
-) -> Gates:
+def _gates(parts: Sequence[Part], names: tuple[str, ...], device: torch.device) -> Gates:
     """One row of weights per token of neighbouring parts, [1, T, K], over these adapters."""
     column = {name: k for k, name in enumerate(names)}
     rows = torch.zeros(len(parts), len(names))
@@ -153,7 +154,7 @@ def _joint_gates(
             rows[n, column[name]] = weight
     lengths = torch.tensor([part.span.num_rows for part in parts])
     weights = rows.repeat_interleave(lengths, dim=0)[None].to(device)
-    return Gates(names, weights, span=span, keep=True)
+    return Gates(names, weights, span=(parts[0].span.start, parts[-1].span.end), keep=True)
 
 
 def step_failed(error: Exception) -> EngineError:
@@ -201,7 +202,8 @@ class Scheduler:
         self._admit()
         parts: list[Part] = []
         start, budget = 0, self.step_tokens
-        for task in sorted(self.running, key=lambda task: task.num_pending > 1):
+        able = [task for task in self.running if not task.is_held_up()]
+        for task in sorted(able, key=lambda task: task.num_pending > 1):
             num_rows = min(task.num_pending, budget)
             if num_rows:
                 span = Span(start, start + num_rows, task.history)
@@ -244,7 +246,7 @@ class Scheduler:
             task = self.waiting[0]
             try:
                 prefix = task.tokens[: task.first_read]
-                task.history = self.cache.longest(task.key, prefix, task.limit)
+                task.history = self.cache.longest(task.key, prefix, task.limit, keep=task.keep)
             except Exception:  # no memory for a copy: all of it is computed then
                 task.history = History(task.limit)
             self.waiting.popleft()
@@ -276,5 +278,6 @@ class Scheduler:
 
     def _finish(self, task: Task) -> None:
         self._leave(task)
-        self.cache.store(task.key, task.tokens[: task.history.num_tokens], task.history)
+        tokens = task.tokens[: task.history.num_tokens]
+        self.cache.store(task.key, tokens, task.history, task.first_read + 1)
         task.done.set_result(None)

@@ -3,7 +3,8 @@
 GNU's OpenMP keeps a team of threads for each thread that ever ran a parallel region, and as soon
 as there are more threads in all teams than cores, no team spins any more between two regions: each
 of a step's hundreds of products then waits for the kernel to wake a thread. A model that was opened
-on one thread and computes on another has two teams. `rest` sends the caller's home.
+on one thread and computes on another has two teams. `rest` sends the caller's home: those who ask
+the engine call it, and the engine itself while it has nothing to do.
 """
 
 from __future__ import annotations
