@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loramix.adapter import Adapter
 from loramix.errors import BaseMismatch, UnknownAdapter
-from loramix.frozen import PackedLinear, packed, product
+from loramix.frozen import FrozenLinear, packed, product
 from loramix.lora import Pair, dora_gain
 
 if TYPE_CHECKING:
@@ -105,7 +105,9 @@ class ActiveMixes:
             if key not in self._scales:
                 self._scales[key] = _scale(self.gates[n], block, x)
             shrunk = _shrunk(x, block.a, self._scales[key])
-            known = self._shrunk[n] = block, torch.split(shrunk, block.ranks, dim=-1)
+            several = len(block.ranks) > 1
+            parts = shrunk.split_with_sizes(block.ranks, -1) if several else (shrunk,)
+            known = self._shrunk[n] = block, parts
         return known[1]
 
 
@@ -118,7 +120,7 @@ class Bound:
     gain: Tensor | None  # [O], what DoRA adds to W x
 
 
-def bound(pair: Pair, layer: nn.Linear | Conv1D | PackedLinear | MixedLinear) -> Bound:
+def bound(pair: Pair, layer: nn.Linear | Conv1D | FrozenLinear | MixedLinear) -> Bound:
     """An update as this layer, or the one that wraps it, applies it."""
     if pair.magnitude is None:
         return Bound(pair.a, pair.b, None)
@@ -154,7 +156,7 @@ class Siblings:
 
     def __init__(self, *layers: MixedLinear) -> None:
         self.layers = list(layers)
-        self._blocks: dict[tuple[str, ...], Block | None] = {}
+        self._blocks: dict[tuple[str, ...], tuple[bool, Block | None]] = {}  # packed or not
 
     def join(self, layer: MixedLinear) -> None:
         if layer.siblings is not self:
@@ -173,13 +175,15 @@ class Siblings:
 
     def block(self, names: tuple[str, ...]) -> Block | None:
         """The factors of these adapters, kept for the next time; None if there are none here."""
-        if names not in self._blocks:
+        to_pack = self.layers[0].is_packed  # while layers turn, the others may not be: no matter
+        known = self._blocks.get(names)
+        if known is None or known[0] != to_pack:
             block = _stacked(self.layers, names)
-            if block and all(isinstance(layer.base, PackedLinear) for layer in self.layers):
+            if block and to_pack:
                 parts = [replace(part, b=packed(part.b)) for part in block.parts]
                 block = replace(block, a=packed(block.a), parts=parts)
-            self._blocks[names] = block
-        return self._blocks[names]
+            known = self._blocks[names] = to_pack, block
+        return known[1]
 
 
 def _stacked(layers: Sequence[MixedLinear], names: tuple[str, ...]) -> Block | None:
@@ -249,7 +253,7 @@ class MixedLinear(nn.Module):
     """A frozen linear layer and the adapters bound to it."""
 
     def __init__(
-        self, base: nn.Linear | Conv1D | PackedLinear | MixedLinear, active: ActiveMixes
+        self, base: nn.Linear | Conv1D | FrozenLinear | MixedLinear, active: ActiveMixes
     ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
@@ -272,6 +276,11 @@ class MixedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the base's matrix is, and the adapters' are to be."""
+        return isinstance(self.base, FrozenLinear) and self.base.is_packed
 
     def bind(self, name: str, pair: Pair) -> None:
         """Take one adapter's update; the tensors keep their dtype, autograd reaches them."""
@@ -432,12 +441,12 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if name.removesuffix(".base") in shapes:
             continue  # inside a layer that another model wrapped
-        if type(module) is nn.Linear or isinstance(module, (Conv1D, PackedLinear, MixedLinear)):
+        if type(module) is nn.Linear or isinstance(module, (Conv1D, FrozenLinear, MixedLinear)):
             shapes[name] = shape(module)
     return shapes
 
 
-def shape(layer: nn.Linear | Conv1D | PackedLinear | MixedLinear) -> tuple[int, int]:
+def shape(layer: nn.Linear | Conv1D | FrozenLinear | MixedLinear) -> tuple[int, int]:
     """(O, D)"""
     if isinstance(layer, MixedLinear):
         return layer.shape

@@ -24,7 +24,7 @@ from loramix.engine.attention import StepCache, configs, packed
 from loramix.engine.scheduler import Batch, Scheduler, Task, step_failed
 from loramix.engine.threads import rest, sensible_threads
 from loramix.errors import EngineError
-from loramix.frozen import pack, unpack
+from loramix.frozen import FrozenLayers
 from loramix.mixed import MixedLinear, MixedModel
 
 CLOSED = "The engine is closed; open a new one."
@@ -36,7 +36,7 @@ class Core:
     def __init__(
         self, model: PreTrainedModel, scheduler: Scheduler, num_threads: int | None = None
     ) -> None:
-        pack(model)
+        self.frozen = FrozenLayers(model)
         self.mixed = MixedModel(model)
         self.model = model
         self.scheduler = scheduler
@@ -59,7 +59,7 @@ class Core:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self.mixed.release()
-        unpack(self.model)
+        self.frozen.release()
 
     def post(self, call: Callable[[], None]) -> None:
         """Have the thread call this before its next step. Raises EngineError once closed."""
@@ -118,6 +118,7 @@ class Core:
         model: Any = self.model
         head = model.get_output_embeddings()
         whole = isinstance(head, MixedLinear) and bool(head.bound)
+        self.frozen.suit(len(batch.parts))
         self.mixed.tidy()
         gates = batch.gates(self.mixed.together, device)
         with torch.inference_mode(), self.mixed.active.using(*gates):

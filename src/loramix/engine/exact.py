@@ -108,6 +108,8 @@ def _trial(model: PreTrainedModel) -> tuple[str | None, int]:
             own = [model(torch.tensor([p], device=model.device)).logits[0].float() for p in prompts]
     except Exception as error:
         return f"a trial failed with {error!r}", 0
+    finally:
+        core.close()
     if windows != _windows(model.config.get_text_config()):
         return f"its layers attend over windows of {windows}, other than its config says", 0
     tolerance = torch.finfo(model.dtype).eps ** 0.5
