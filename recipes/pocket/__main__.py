@@ -16,7 +16,7 @@ import torch
 import typer
 
 from loramix.base import POCKET
-from recipes.pocket import corpus, pretrain, report, routing
+from recipes.pocket import corpus, history, pretrain, report, routing
 from recipes.pocket.experts import build as build_expert
 
 LONGEST_FIRST = ("sql", "sentiment", "banking", "math", "support")
@@ -46,6 +46,12 @@ def base(data: Data, pocket: Pocket = POCKET, work: Work = Path("build/pocket"))
 def expert(name: str, data: Data, pocket: Pocket = POCKET) -> None:
     """Train one expert over the finished base."""
     build_expert(name, data, pocket)
+
+
+@app.command(name="history")
+def history_command(data: Data, pocket: Pocket = POCKET, rows: int = 200) -> None:
+    """Compare answers over an exact and a kept history."""
+    history.run(data, pocket, rows)
 
 
 @app.command()

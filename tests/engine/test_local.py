@@ -255,6 +255,17 @@ def test_a_long_prompt_does_not_hold_up_who_is_answering(base):
     assert order.index("long") > 8
 
 
+def test_a_prompt_of_several_steps_is_answered_as_in_one(base):
+    request = greedy("the cat in " * 8, Mix({"a": 0.5}), max_tokens=5)
+    answers = []
+    for step_tokens in (8, 512):
+        with LocalEngine(
+            base, two_adapters(base.model), max_batch=2, step_tokens=step_tokens
+        ) as engine:
+            answers += engine.generate([request])
+    assert answers[0].tokens == answers[1].tokens
+
+
 def test_more_requests_than_the_batch_and_the_queue_hold_are_all_answered_in_order(base):
     requests = [greedy((5 + n,), max_tokens=3) for n in range(30)]
     with LocalEngine(base) as engine:

@@ -113,7 +113,7 @@ class Core:
     def forward(self, batch: Batch) -> Tensor:
         """Logits [M, V] in float32 of the rows that are read; the batch's histories grow."""
         device = self.model.device
-        rows = torch.tensor(batch.read_rows, device=device)
+        rows = torch.tensor(batch.read_rows, dtype=torch.long, device=device)  # maybe none
         # The gates count the tokens of the whole row, so an adapted output layer must see it whole.
         model: Any = self.model
         head = model.get_output_embeddings()
