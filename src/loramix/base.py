@@ -59,19 +59,24 @@ def open_base(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    quantize: str = "none",
 ) -> Base:
     """Open a base by folder or hub id; "pocket" is the small one inside this package.
 
     `dtype` "auto" is float32 on the CPU (exact, and as fast for small models) and the checkpoint's
-    own elsewhere. Gated models use HF_TOKEN; HF_HUB_OFFLINE is respected. Custom code of a
-    repository is never run. Raises BaseError.
+    own elsewhere. `quantize` "int8" rounds its linear layers to eight bits each (quantized.py);
+    "auto" then means bfloat16. Gated models use HF_TOKEN; HF_HUB_OFFLINE is respected. Custom code
+    of a repository is never run. Raises BaseError.
     """
     from transformers import AutoTokenizer
 
     path = str(POCKET / "base") if source == "pocket" else source
     _check_source(path, revision)
     place = _device(device)
-    wanted = _dtype(dtype, place)
+    if quantize not in ("none", "int8"):
+        raise BaseError(f"Unknown quantization {quantize!r}; expected none or int8.")
+    rounded = quantize == "int8"
+    wanted = _dtype("bfloat16" if rounded and dtype == "auto" else dtype, place)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -84,7 +89,12 @@ def open_base(
             f"(first: {missing[0]}); fetch it again, or use a causal language model."
         )
     name = Path(source).resolve().name if Path(source).is_dir() else source
-    return Base(name, model, tokenizer, fingerprint(model))
+    weights = fingerprint(model)  # before they are rounded
+    if rounded:
+        from loramix.quantized import quantize as round_to_int8
+
+        round_to_int8(model)
+    return Base(name, model, tokenizer, weights)
 
 
 def _load(

@@ -200,18 +200,19 @@ def open(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    quantize: str = "none",
 ) -> LM:
     """Open a base by folder, hub id or "pocket", with the adapters of a library.
 
-    Without `library`: pocket's own for pocket, else yours (`default_library`). Raises BaseError,
-    AdapterError, RouteError.
+    Without `library`: pocket's own for pocket, else yours (`default_library`). `quantize` "int8"
+    halves the base's memory (see `open_base`). Raises BaseError, AdapterError, RouteError.
     """
     from loramix.base import open_base
     from loramix.engine.local import LocalEngine
 
     shelf = Library(Path(library) if library else default_library(base))
     router = load_router(shelf) if has_router(shelf) else None
-    opened = open_base(base, dtype=dtype, device=device, revision=revision)
+    opened = open_base(base, dtype=dtype, device=device, revision=revision, quantize=quantize)
     return LM(LocalEngine(opened, library=shelf), shelf, router)
 
 

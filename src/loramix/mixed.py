@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,14 @@ from loramix.adapter import Adapter
 from loramix.errors import BaseMismatch, UnknownAdapter
 from loramix.frozen import FrozenLinear, packed, product
 from loramix.lora import Pair, dora_gain
+from loramix.quantized import Int8Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    Layer: TypeAlias = "nn.Linear | Conv1D | FrozenLinear | Int8Linear | MixedLinear"
+
+KINDS = (Conv1D, FrozenLinear, Int8Linear)  # beside nn.Linear itself, not what derives from it
 MAX_SETS = 4  # sets of adapters whose side-by-side factors are kept
 
 
@@ -120,7 +124,7 @@ class Bound:
     gain: Tensor | None  # [O], what DoRA adds to W x
 
 
-def bound(pair: Pair, layer: nn.Linear | Conv1D | FrozenLinear | MixedLinear) -> Bound:
+def bound(pair: Pair, layer: Layer) -> Bound:
     """An update as this layer, or the one that wraps it, applies it."""
     if pair.magnitude is None:
         return Bound(pair.a, pair.b, None)
@@ -252,9 +256,7 @@ def _shrunk(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:
 class MixedLinear(nn.Module):
     """A frozen linear layer and the adapters bound to it."""
 
-    def __init__(
-        self, base: nn.Linear | Conv1D | FrozenLinear | MixedLinear, active: ActiveMixes
-    ) -> None:
+    def __init__(self, base: Layer, active: ActiveMixes) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.active = active
@@ -441,12 +443,12 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if name.removesuffix(".base") in shapes:
             continue  # inside a layer that another model wrapped
-        if type(module) is nn.Linear or isinstance(module, (Conv1D, FrozenLinear, MixedLinear)):
+        if type(module) is nn.Linear or isinstance(module, (*KINDS, MixedLinear)):
             shapes[name] = shape(module)
     return shapes
 
 
-def shape(layer: nn.Linear | Conv1D | FrozenLinear | MixedLinear) -> tuple[int, int]:
+def shape(layer: Layer) -> tuple[int, int]:
     """(O, D)"""
     if isinstance(layer, MixedLinear):
         return layer.shape

@@ -136,7 +136,11 @@ def check(
     hush()
     with notice(f"Opening {source} ..."):
         opened = open_base(
-            source, dtype=machine.dtype, device=machine.device, revision=machine.revision
+            source,
+            dtype=machine.dtype,
+            device=machine.device,
+            revision=machine.revision,
+            quantize=machine.quantize,
         )
     result = prove(adapter, opened)
     if as_json:

@@ -30,6 +30,7 @@ def open_lm(where: Where, machine: Machine) -> lm.LM:
             dtype=machine.dtype,
             device=machine.device,
             revision=machine.revision,
+            quantize=machine.quantize,
         )
 
 

@@ -1,0 +1,84 @@
+"""An int8 base is the base of its rounded matrices, and adapters are exact on top of it."""
+
+import pytest
+import torch
+from torch import nn
+
+from loramix.base import open_base
+from loramix.engine import Request, Sampling
+from loramix.engine.local import LocalEngine
+from loramix.errors import BaseError
+from loramix.mix import Mix
+from loramix.quantized import Int8Linear, quantize
+from tests.tiny import folded, random_adapter, tiny_base, tiny_model, tiny_tokenizer
+
+PROMPT = (5, 17, 31, 5, 200, 9)
+
+
+def rounded_twin():
+    """A plain model that holds the rounded matrices in float32."""
+    model, twin = tiny_model("llama"), tiny_model("llama")
+    quantize(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Int8Linear):
+            twin.get_submodule(name).weight = nn.Parameter(layer.weight, requires_grad=False)
+    return twin
+
+
+def test_a_mix_over_an_int8_base_equals_its_folded_rounded_weights():
+    base = tiny_base()
+    quantize(base.model)
+    adapters = [random_adapter(base.model, name, rank=3, seed=n) for n, name in enumerate("ab")]
+    adapters.append(random_adapter(base.model, "d", rank=2, seed=9, dora=True))
+    mixes = [Mix(), Mix({"a": 0.5, "b": -1.2}), Mix({"d": 1})]
+    requests = [Request(PROMPT, mix, Sampling(temperature=0, max_tokens=12)) for mix in mixes]
+    with LocalEngine(base, adapters) as engine:
+        answers = engine.generate(requests)
+    for mix, answer in zip(mixes, answers, strict=True):
+        model = folded(rounded_twin(), mix, {adapter.name: adapter for adapter in adapters})
+        output = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
+        assert answer.tokens == tuple(output[0, len(PROMPT) :].tolist())
+
+
+def test_rounding_is_as_fine_as_eight_bits_and_halves_the_memory(architecture):
+    model = tiny_model(architecture).to(torch.bfloat16)
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        before = model(ids).logits.float()
+        quantize(model)
+        after = model(ids).logits.float()
+    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    assert layers
+    assert not isinstance(model.get_output_embeddings(), Int8Linear)
+    assert all(layer.quantized.itemsize == 1 for layer in layers)
+    assert 0 < float((after - before).norm() / before.norm()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 4, 5, 40])
+def test_few_rows_and_many_are_the_same_product(dtype, rows):
+    torch.manual_seed(rows)
+    plain = nn.Linear(64, 48).to(dtype).requires_grad_(False)
+    layer = Int8Linear(plain)
+    x = torch.randn(1, rows, 64).to(dtype)
+    wanted = x.float() @ layer.weight.float().T + plain.bias.float()
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x).float(), wanted, rtol=0.02, atol=0.03)
+
+
+def test_a_row_of_zeros_stays_zero():
+    plain = nn.Linear(8, 4, bias=False).requires_grad_(False)
+    plain.weight[1] = 0
+    assert torch.equal(Int8Linear(plain)(torch.ones(1, 8))[0, 1], torch.tensor(0.0))
+
+
+def test_a_base_is_opened_in_int8_by_name_and_keeps_its_fingerprint(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    plain = open_base(str(tmp_path), device="cpu")
+    base = open_base(str(tmp_path), device="cpu", quantize="int8")
+    assert base.fingerprint == plain.fingerprint
+    assert base.dtype == torch.bfloat16
+    assert any(isinstance(layer, Int8Linear) for layer in base.model.modules())
+    with pytest.raises(BaseError, match="none or int8"):
+        open_base(str(tmp_path), quantize="int4")
