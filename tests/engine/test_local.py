@@ -660,6 +660,14 @@ def test_several_answers_share_their_prompt_and_nothing_else(base):
     assert [a.num_cached_tokens for a in answers[:3]] == [0, num_prompt - 1, num_prompt - 1]
 
 
+def test_one_token_of_each_of_several_answers_still_computes_the_prompt_once(base):
+    many = Request("on the other hand", sampling=Sampling(temperature=1, max_tokens=1), n=4)
+    with LocalEngine(base, reuse=False) as engine:
+        answers = engine.generate([many])
+    num_prompt = answers[0].num_prompt_tokens
+    assert [a.num_cached_tokens for a in answers] == [0, *[num_prompt - 1] * 3]
+
+
 def test_greedy_answers_are_equal_even_when_the_first_is_given_up(base):
     many = replace(greedy("the cat in a thing", Mix({"a": 1}), max_tokens=30), n=3)
 

@@ -8,6 +8,7 @@ longest, fit the budget of bytes; finished requests' keys and values have what i
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections import deque
@@ -79,10 +80,11 @@ class Task:
         first = self.after
         if not first.done.done() and first.history.num_tokens < self.first_read:
             return True
-        if not first.done.done() and self.history.num_tokens < self.first_read:
-            self.history = first.history.prefix(self.first_read, self.limit)
-            self.num_cached_tokens = self.history.num_tokens
         self.after = None
+        if not first.done.done() and self.history.num_tokens < self.first_read:
+            with contextlib.suppress(Exception):  # no memory for a copy: all of it is computed then
+                self.history = first.history.prefix(self.first_read, self.limit)
+                self.num_cached_tokens = self.history.num_tokens
         return False
 
 
@@ -215,9 +217,12 @@ class Scheduler:
 
     def record(self, batch: Batch, logits: Tensor) -> None:
         """Remember a step: its keys and values, and what the readers make of its logits."""
-        row = 0
         for part in batch.parts:
             part.task.history.advance(part.span.num_rows)
+        for task in self.running:
+            task.is_held_up()  # takes over a prompt before the task that computed it may be done
+        row = 0
+        for part in batch.parts:
             rows = logits[row : row + part.num_read]
             row += part.num_read
             if part.num_read:
