@@ -54,7 +54,7 @@ def test_rounding_is_as_fine_as_eight_bits_and_halves_the_memory(architecture):
     assert 0 < float((after - before).norm() / before.norm()) < 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("rows", [1, 4, 5, 40])
 def test_few_rows_and_many_are_the_same_product(dtype, rows):
     torch.manual_seed(rows)
@@ -82,3 +82,9 @@ def test_a_base_is_opened_in_int8_by_name_and_keeps_its_fingerprint(tmp_path):
     assert any(isinstance(layer, Int8Linear) for layer in base.model.modules())
     with pytest.raises(BaseError, match="none or int8"):
         open_base(str(tmp_path), quantize="int4")
+
+
+def test_large_activations_pass_in_float16():
+    plain = nn.Linear(64, 4, bias=False).half().requires_grad_(False)
+    x = torch.full((1, 64), 900.0).half()
+    torch.testing.assert_close(Int8Linear(plain)(x), plain(x), rtol=0.1, atol=20)

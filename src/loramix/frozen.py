@@ -70,6 +70,7 @@ class FrozenLinear(nn.Module):
         self.matrix = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach()
         self.out_features, self.in_features = self.matrix.shape
         self.bias = layer.bias
+        self.marker = nn.Parameter(self.matrix.new_empty(0), requires_grad=False)  # dtype, device
         self.lookup: tuple[
             FrozenEmbedding, ...
         ] = ()  # a tuple: it is a part of the model elsewhere
@@ -106,6 +107,7 @@ class FrozenLinear(nn.Module):
             dense = self.weight.T.contiguous() if isinstance(layer, Conv1D) else self.weight
             self._original = (nn.Parameter(dense, requires_grad=False),)
         (layer.weight,) = self._original
+        self.matrix, self.lookup = layer.weight.detach(), ()  # the packed one is let go
         return layer
 
 
@@ -172,8 +174,8 @@ class FrozenLayers:
     """The linear layers of a frozen model, taken over in place where they can be packed."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._steps_alone = 0
+        self._taken: list[tuple[nn.Module, str, FrozenLinear | FrozenEmbedding]] = []
         self.layers: list[FrozenLinear] = []
         owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         embeddings = {
@@ -182,16 +184,16 @@ class FrozenLayers:
             if layer.max_norm is None  # it only looks rows up
         }
         for owner, name, layer in _children(model, nn.Linear, Conv1D):
-            weight = layer.weight
-            if not can_pack(weight):
+            weight = getattr(layer, "weight", None)
+            if weight is None or not can_pack(weight):  # none: the same layer is elsewhere too
                 continue
             tied = embeddings.get(id(weight)) if owners[id(weight)] == 2 else None
             shared = owners[id(weight)] > 1 and tied is None
             frozen = FrozenLinear(layer, shared=shared)
-            setattr(owner, name, frozen)
+            self._take(owner, name, frozen)
             self.layers.append(frozen)
             if tied:
-                setattr(tied[0], tied[1], FrozenEmbedding(tied[2], frozen))
+                self._take(tied[0], tied[1], FrozenEmbedding(tied[2], frozen))
 
     def suit(self, num_requests: int) -> None:
         """Before a step: turn some layers, if most steps are of another kind by now."""
@@ -203,10 +205,15 @@ class FrozenLayers:
             layer.turn()
 
     def release(self) -> None:
-        """Put the model's own layers back."""
-        for owner, name, layer in _children(self._model, FrozenLinear, FrozenEmbedding):
-            setattr(owner, name, layer.restored())
+        """Put the model's own layers back, one by one: memory never holds two models."""
         self.layers.clear()
+        while self._taken:
+            owner, name, layer = self._taken.pop()
+            setattr(owner, name, layer.restored())
+
+    def _take(self, owner: nn.Module, name: str, frozen: FrozenLinear | FrozenEmbedding) -> None:
+        self._taken.append((owner, name, frozen))
+        setattr(owner, name, frozen)
 
 
 def _children(model: nn.Module, *kinds: type) -> list[tuple[nn.Module, str, Any]]:

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loramix.adapter import Adapter
 from loramix.errors import BaseMismatch, UnknownAdapter
-from loramix.frozen import FrozenLinear, packed, product
+from loramix.frozen import FrozenLinear, can_pack, packed, product
 from loramix.lora import Pair, dora_gain
 from loramix.quantized import Int8Linear
 
@@ -184,8 +184,8 @@ class Siblings:
         if known is None or known[0] != to_pack:
             block = _stacked(self.layers, names)
             if block and to_pack:
-                parts = [replace(part, b=packed(part.b)) for part in block.parts]
-                block = replace(block, a=packed(block.a), parts=parts)
+                parts = [replace(part, b=_packed(part.b)) for part in block.parts]
+                block = replace(block, a=_packed(block.a), parts=parts)
             known = self._blocks[names] = to_pack, block
         return known[1]
 
@@ -225,6 +225,11 @@ def _part(
         torch.stack([gain for _, gain in gained]) if gained else None,
         torch.tensor([k for k, _ in gained], device=device, dtype=torch.long),
     )
+
+
+def _packed(factor: Tensor) -> Tensor:
+    """Packed, unless it is of another precision than the base, or of no rank here."""
+    return packed(factor) if factor.numel() and can_pack(factor) else factor
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
@@ -293,8 +298,8 @@ class MixedLinear(nn.Module):
         self._changed(name)
 
     def unbind(self, name: str) -> None:
-        if self.bound.pop(name, None) is not None:
-            self._changed(name)
+        self.bound.pop(name, None)
+        self._changed(name)  # also if it is not here: sets that it is in are
 
     def _changed(self, name: str) -> None:
         self.siblings.forget(name)

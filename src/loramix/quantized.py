@@ -45,6 +45,8 @@ class Int8Linear(nn.Module):
         few = len(rows) <= FEW_ROWS and x.is_cpu and x.dtype == torch.bfloat16
         if few and not torch.is_grad_enabled():
             y = torch._weight_int8pack_mm(rows, self.quantized, self.scale)
+        elif x.dtype == torch.float16:  # the product before scaling would pass 65504
+            y = F.linear(rows, self.weight)
         else:
             y = F.linear(rows, self.quantized.to(x.dtype)) * self.scale
         y = y if self.bias is None else y + self.bias

@@ -759,3 +759,79 @@ def test_a_set_of_adapters_stays_side_by_side_while_the_batch_changes_within_it(
             engine.generate([greedy("in", Mix({name: 1, "b": 0.1}))])
         kept = {len(layer.siblings._blocks) for layer in mixed.layers.values()}
         assert max(kept) <= 4 + 1  # the step's own
+
+
+def partial(model, name, targets, seed, dtype=torch.float32):
+    """An adapter that acts on some layers only."""
+    whole = random_adapter(model, name, rank=3, seed=seed)
+    pairs = {k: p.to(dtype) for k, p in whole.pairs.items() if k.endswith(targets)}
+    return replace(whole, pairs=pairs, digest=peft.digest(pairs))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_in_bfloat16_adapters_of_different_layers_and_precisions_meet(count):
+    base = tiny_base()
+    base.model.to(torch.bfloat16)
+    adapters = [
+        partial(base.model, "qv", ("q_proj", "v_proj"), 1),
+        partial(base.model, "k", ("k_proj",), 2),
+        partial(base.model, "half", ("q_proj", "down_proj"), 3, torch.float16),
+    ]
+    with LocalEngine(base, adapters[:2]) as engine:
+        engine.add(adapters[2], aligned=False)
+        for mix in (Mix({"qv": 1}), Mix({"k": 1}), Mix({"half": 1}), Mix({"qv": 0.5, "k": -1})):
+            answers = engine.generate([greedy("the cat", mix)] * count)
+            assert all(answer.tokens for answer in answers)
+
+
+def test_adapters_that_come_and_go_leave_nothing_beside_those_that_stay(base):
+    stays = random_adapter(base.model, "stays", rank=2, seed=1)
+    with LocalEngine(base, [stays]) as engine:
+        for n in range(9):
+            engine.add(partial(base.model, f"t{n}", ("q_proj",), n))
+            engine.generate([greedy("in", Mix({"stays": 1, f"t{n}": 1}), max_tokens=2)])
+            engine.remove(f"t{n}")
+        engine.generate([greedy("in", Mix({"stays": 1}), max_tokens=2)])
+        layers = engine._core.mixed.layers.values()
+        assert max(len(layer.siblings._blocks) for layer in layers) <= 2
+
+
+def test_a_long_list_holds_no_more_keys_and_values_than_the_budget(base, monkeypatch):
+    kept, submit = [], LocalEngine._submit
+    monkeypatch.setattr(
+        LocalEngine,
+        "_submit",
+        lambda self, ready, done: (kept.extend(ready), submit(self, ready, done)),
+    )
+    with LocalEngine(base, max_batch=2, kv_bytes=200_000, reuse=False) as engine:
+        engine.generate([greedy("the cat in a thing", max_tokens=5)] * 20)
+    assert len(kept) == 20
+    assert sum(task.history.size_bytes for task in kept) == 0
+
+
+def test_a_second_engine_on_a_served_base_is_refused_and_a_count_of_threads_checked():
+    base = tiny_base()
+    base.model.to(torch.bfloat16)
+    with LocalEngine(base), pytest.raises(EngineError):
+        LocalEngine(base)
+    with pytest.raises(EngineError, match="at least 1"):
+        LocalEngine(base, num_threads=-1)
+
+
+def test_a_task_given_up_before_it_is_taken_is_not_run(engine, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    room = engine._scheduler.room._value
+    with monkeypatch.context() as patch:
+        patch.setattr("loramix.engine.core.rest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([greedy("the cat")])
+    assert engine._scheduler.room._value == room
+    assert engine.generate([greedy("the cat")])[0].tokens
+
+
+@pytest.mark.parametrize("change", [{"n": 2}, {"history": "keep"}])
+def test_a_score_is_one_and_exact(engine, change):
+    with pytest.raises(BadRequest, match="exact"):
+        engine.score([replace(greedy("the cat"), **change)], ["in"])

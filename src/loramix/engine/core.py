@@ -63,17 +63,19 @@ class Core:
 
     def post(self, call: Callable[[], None]) -> None:
         """Have the thread call this before its next step. Raises EngineError once closed."""
+        rest()  # before the call is made: nothing may fail after it
         with self._lock:
             if self._closed:
                 raise EngineError(CLOSED)
             self._calls.put(call)
-        rest()
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Add tasks, all before the next step; each holds its adapters until it is done."""
 
         def take() -> None:
             for task in tasks:
+                if task.done.done():
+                    continue  # given up meanwhile
                 for name, _ in task.weights:
                     self._users[name] += 1
                 task.done.add_done_callback(partial(self._leave, task))
@@ -134,8 +136,8 @@ class Core:
             return (logits[rows] if whole else logits).float()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)
         try:
+            torch.set_num_threads(self._num_threads)
             while not self._closed:
                 if self.scheduler.is_idle:
                     rest()

@@ -14,6 +14,7 @@ from loramix.engine.cache import PrefixCache
 from loramix.engine.core import Core
 from loramix.engine.scheduler import Scheduler, Task
 from loramix.errors import EngineError
+from loramix.frozen import FrozenLinear
 from loramix.mixed import MixedLinear
 
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
@@ -64,7 +65,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return "it has recurrent, convolutional or fused-expert layers"
     if not model._supports_attention_backend:
         return "its attention cannot be replaced (it may use ALiBi)"
-    if any(isinstance(layer, MixedLinear) for layer in model.modules()):
+    if any(isinstance(layer, MixedLinear | FrozenLinear) for layer in model.modules()):
         return "another engine or a training serves it now; close that, or open the base again"
     return None
 
@@ -92,6 +93,7 @@ def _trial(model: PreTrainedModel) -> tuple[str | None, int]:
     """
     vocabulary = vocabulary_size(model)
     prompts = [[(7 * i + 3 * n) % vocabulary for i in range(n)] for n in (9, 4)]
+    token_bytes = 0
     scheduler = Scheduler(PrefixCache(0), max_batch=2, max_queue=2, step_tokens=7)
     core = Core(model, scheduler)
     readers = [_Collector(len(prompt)) for prompt in prompts]
@@ -102,8 +104,11 @@ def _trial(model: PreTrainedModel) -> tuple[str | None, int]:
             scheduler.add(task)
         while not scheduler.is_idle:
             batch = scheduler.next_batch()
-            scheduler.record(batch, core.forward(batch))
+            logits = core.forward(batch)
+            token_bytes = token_bytes or tasks[0].history.token_bytes
+            scheduler.record(batch, logits)
             windows |= {window for span in batch.spans for window in span.masks}
+        core.close()  # the layers are the model's own again
         with torch.inference_mode():
             own = [model(torch.tensor([p], device=model.device)).logits[0].float() for p in prompts]
     except Exception as error:
@@ -117,7 +122,7 @@ def _trial(model: PreTrainedModel) -> tuple[str | None, int]:
         off = float((torch.cat(reader.rows) - logits).abs().max() / logits.abs().max())
         if not off <= tolerance:
             return f"in a trial its logits were off by {off:.1e} of the largest", 0
-    return None, tasks[0].history.token_bytes
+    return None, token_bytes
 
 
 def _windows(config: PreTrainedConfig) -> set[int | None]:

@@ -54,7 +54,7 @@ class LocalEngine:
     At most `max_batch` requests run at once and `max_queue` wait. A step computes up to
     `step_tokens` new tokens. Keys and values take at most `kv_bytes`: those of running requests
     first, and with `reuse` those of finished ones, for requests of the same mix that begin alike.
-    Adapters take at most `adapter_bytes`, not counting the side-by-side copies of up to 16 recent
+    Adapters take at most `adapter_bytes`, not counting the side-by-side copies of up to 4 recent
     sets of them. Those that a mix names are read from `library` when first needed, and idle ones of
     these leave, longest unused first; those given to the engine stay. While the engine is open the
     base's model is its own.
@@ -77,6 +77,8 @@ class LocalEngine:
         adapter_bytes: int = sys.maxsize,
         num_threads: int | None = None,
     ) -> None:
+        if num_threads is not None and (type(num_threads) is not int or num_threads < 1):
+            raise EngineError(f"num_threads is {num_threads}; expected at least 1, or None.")
         self.token_bytes = require_exact(base.model)  # of keys and values
         self.base = base
         self.library = library
@@ -90,6 +92,7 @@ class LocalEngine:
             token_bytes=self.token_bytes,
             kv_bytes=kv_bytes,
         )
+        self._max_queue = max_queue
         self._core = Core(base.model, self._scheduler, num_threads)
         self._residents = Residents(adapter_bytes)
         self._lock = threading.Lock()  # of the residents; nobody who has it waits for the core
@@ -176,7 +179,7 @@ class LocalEngine:
         written = [one for request in requests for one in self._written(request, _ignore)]
         tasks = self._finish([job for job, _ in written])
         return [
-            writer.answer(task.num_cached_tokens, task.history.num_kept)
+            writer.answer(task.num_cached_tokens, task.num_kept_tokens)
             for (_, writer), task in zip(written, tasks, strict=True)
         ]
 
@@ -192,6 +195,8 @@ class LocalEngine:
             raise BadRequest(
                 f"{len(requests)} requests and {len(continuations)} continuations; expected pairs."
             )
+        if any(request.n != 1 or request.history != "exact" for request in requests):
+            raise BadRequest("A score is one and exact; leave n and history as they are.")
         jobs, scorers = [], []
         for request, continuation in zip(requests, continuations, strict=True):
             prompt, targets = self._continued(request, continuation)
@@ -214,6 +219,8 @@ class LocalEngine:
             with contextlib.suppress(RuntimeError):  # the loop has ended, nobody is listening
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        if request.n > self._max_queue:
+            raise BadRequest(f"n is {request.n}, but at most {self._max_queue} may wait at once.")
         jobs = [job for job, _ in self._written(request, send)]
         await self._in_memory(request.mix)
         ready: list[Task] = []

@@ -64,6 +64,7 @@ class Task:
     done: Future[None] = field(default_factory=Future)
     history: History = field(default_factory=History)
     num_cached_tokens: int = 0
+    num_kept_tokens: int = 0  # of these, of another mix
 
     def __post_init__(self) -> None:
         self.limit = self.limit or len(self.tokens)
@@ -285,4 +286,6 @@ class Scheduler:
         self._leave(task)
         tokens = task.tokens[: task.history.num_tokens]
         self.cache.store(task.key, tokens, task.history, task.first_read + 1)
+        task.num_kept_tokens = task.history.num_kept
+        task.history = History()  # a caller may hold the task for long
         task.done.set_result(None)
