@@ -262,7 +262,7 @@ class LocalEngine:
         ready: list[Task] = []  # those that begin together, so equal lists make equal batches
         try:
             for job in jobs:
-                before = [*submitted, *ready][-1:]
+                before = ready[-1:] or submitted[-1:]
                 try:
                     ready.append(self._task(job, before, wait=False))
                 except Busy:

@@ -27,8 +27,6 @@ from loramix.errors import EngineError
 from loramix.mixed import Gates
 
 OWN_GATES = 64  # tokens from which a span has gates of its own (see mixed.py)
-
-
 Together = Callable[[Iterable[str], float], tuple[str, ...]]  # `MixedModel.together`
 
 
