@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from loramix.linear import children, matrix_of
 
 PATIENCE = 8  # steps of one request before the layers are laid out for one
 TURNED_AT_ONCE = 28  # layers in a step; all of a small model in seven
@@ -67,13 +68,12 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear | Conv1D, *, shared: bool) -> None:
         super().__init__()
-        self.matrix = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach()
+        self.matrix = matrix_of(layer).detach()
         self.out_features, self.in_features = self.matrix.shape
         self.bias = layer.bias
         self.marker = nn.Parameter(self.matrix.new_empty(0), requires_grad=False)  # dtype, device
-        self.lookup: tuple[
-            FrozenEmbedding, ...
-        ] = ()  # a tuple: it is a part of the model elsewhere
+        # What reads its rows, if tied; in a tuple, because it is a part of the model elsewhere.
+        self.lookup: tuple[FrozenEmbedding, ...] = ()
         self._shared = shared
         self._aside = (layer,)
         self._original: tuple[Tensor, ...] = (layer.weight,)  # until it is let go
@@ -107,7 +107,7 @@ class FrozenLinear(nn.Module):
             dense = self.weight.T.contiguous() if isinstance(layer, Conv1D) else self.weight
             self._original = (nn.Parameter(dense, requires_grad=False),)
         (layer.weight,) = self._original
-        self.matrix, self.lookup = layer.weight.detach(), ()  # the packed one is let go
+        self.matrix, self.lookup = matrix_of(layer).detach(), ()  # the packed one is let go
         return layer
 
 
@@ -180,10 +180,10 @@ class FrozenLayers:
         owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         embeddings = {
             id(layer.weight): (owner, name, layer)
-            for owner, name, layer in _children(model, nn.Embedding)
+            for owner, name, layer in children(model, nn.Embedding)
             if layer.max_norm is None  # it only looks rows up
         }
-        for owner, name, layer in _children(model, nn.Linear, Conv1D):
+        for owner, name, layer in children(model, nn.Linear, Conv1D):
             weight = getattr(layer, "weight", None)
             if weight is None or not can_pack(weight):  # none: the same layer is elsewhere too
                 continue
@@ -214,13 +214,3 @@ class FrozenLayers:
     def _take(self, owner: nn.Module, name: str, frozen: FrozenLinear | FrozenEmbedding) -> None:
         self._taken.append((owner, name, frozen))
         setattr(owner, name, frozen)
-
-
-def _children(model: nn.Module, *kinds: type) -> list[tuple[nn.Module, str, Any]]:
-    """(owner, name, layer) of every layer of exactly these kinds."""
-    return [
-        (owner, name, layer)
-        for owner in model.modules()
-        for name, layer in owner.named_children()
-        if type(layer) in kinds
-    ]

@@ -18,9 +18,9 @@ and c - 1 is kept as the adapter's `gain`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -30,9 +30,11 @@ from transformers.pytorch_utils import Conv1D
 
 from loramix.adapter import Adapter
 from loramix.errors import BaseMismatch, UnknownAdapter
-from loramix.frozen import FrozenLinear, can_pack, packed, product
-from loramix.lora import Pair, dora_gain
+from loramix.frozen import FrozenLinear, product
+from loramix.linear import matrix_of, shape
+from loramix.lora import Pair
 from loramix.quantized import Int8Linear
+from loramix.stacked import Block, Bound, Layout, Part, Siblings, bound, stacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +77,7 @@ class ActiveMixes:
         self.gates: tuple[Gates, ...] = ()
         self._input: Tensor | None = None  # of the layer that ran last
         self._siblings = Siblings()  # the layers that are given it
-        self._shrunk: dict[int, tuple[Block, Sequence[Tensor]]] = {}  # by gates: (x A^T) * g
+        self._shares: dict[int, list[Share | None]] = {}  # theirs, by gates
         self._scales: dict[tuple[int, Layout, torch.dtype, int], Tensor] = {}
 
     @contextmanager
@@ -87,154 +89,42 @@ class ActiveMixes:
             yield
         finally:
             self.gates, self._input = (), None
-            self._shrunk.clear()
+            self._shares.clear()
             self._scales.clear()
 
-    def meet(self, layer: MixedLinear, x: Tensor) -> None:
-        """A layer is given x: whoever is given the very same tensor is its sibling."""
-        if x is self._input:
-            self._siblings.join(layer)
-        else:
-            self._input, self._siblings = x, layer.siblings
-            self._shrunk.clear()
+    def share(self, n: int, layer: MixedLinear, x: Tensor) -> Share | None:
+        """What the gates numbered n, which are kept, give this layer for its input x [.., D].
 
-    def shrunk(self, n: int, block: Block, x: Tensor) -> Sequence[Tensor]:
-        """What a kept block's A's make of x [.., D], weighed by the gates numbered n.
-
-        [.., R] for each of its parts.
+        None if none of their adapters acts here. Whoever is given the very same tensor is a
+        sibling: the first of them makes the product for all.
         """
-        known = self._shrunk.get(n)
-        if known is None or known[0] is not block:  # a block of fewer siblings, the first time
-            key = (n, block.layout, block.a.dtype, x.dim())
-            if key not in self._scales:
-                self._scales[key] = _scale(self.gates[n], block, x)
-            shrunk = _shrunk(x, block.a, self._scales[key])
-            several = len(block.ranks) > 1
-            parts = shrunk.split_with_sizes(block.ranks, -1) if several else (shrunk,)
-            known = self._shrunk[n] = block, parts
-        return known[1]
+        if x is not self._input:
+            self._input, self._siblings = x, layer.siblings
+            self._shares.clear()
+        elif layer.siblings is not self._siblings:  # they meet for the first time
+            self._siblings.join(layer)
+            self._shares.clear()
+        shares = self._shares.get(n)
+        if shares is None:
+            shares = self._shares[n] = self._shared(n, x)
+        return shares[layer.place]
+
+    def _shared(self, n: int, x: Tensor) -> list[Share | None]:
+        """(x A^T) * g, cut up among the siblings."""
+        gates = self.gates[n]
+        block = self._siblings.block(gates.adapters)
+        if block is None:
+            return [None] * len(self._siblings.layers)
+        x = gates.rows(x)
+        key = (n, block.layout, block.a.dtype, x.dim())
+        if key not in self._scales:
+            self._scales[key] = _scale(gates, block, x)
+        shrunk = _shrunk(x, block.a, self._scales[key])
+        cut = (shrunk,) if len(block.ranks) == 1 else shrunk.split_with_sizes(block.ranks, -1)
+        return [(own, part) if part else None for own, part in zip(cut, block.parts, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """One adapter's update as a layer applies it."""
-
-    a: Tensor  # [R, D]
-    b: Tensor  # [O, R], a DoRA magnitude folded in
-    gain: Tensor | None  # [O], what DoRA adds to W x
-
-
-def bound(pair: Pair, layer: Layer) -> Bound:
-    """An update as this layer, or the one that wraps it, applies it."""
-    if pair.magnitude is None:
-        return Bound(pair.a, pair.b, None)
-    scale = dora_gain(pair, layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
-    return Bound(pair.a, (scale[:, None] * pair.b).to(pair.b.dtype), scale - 1)
-
-
-Layout = tuple[tuple[int, int], ...]  # gate column and rank of the updates in a block, in order
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The B's of one layer side by side."""
-
-    b: Tensor  # [O, R]
-    gains: Tensor | None  # [K', O]
-    gain_owner: Tensor  # [K']
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """The updates of several adapters side by side, for layers that are given the same input."""
-
-    a: Tensor  # [R, D], of one layer after the other
-    layout: Layout
-    owner: Tensor  # [R], the gate column that weighs each rank column
-    ranks: list[int]  # of each layer; they add up to R
-    parts: Sequence[Part]  # of each layer
-
-
-class Siblings:
-    """Layers that are given the same input, and their factors side by side."""
-
-    def __init__(self, *layers: MixedLinear) -> None:
-        self.layers = list(layers)
-        self._blocks: dict[tuple[str, ...], tuple[bool, Block | None]] = {}  # packed or not
-
-    def join(self, layer: MixedLinear) -> None:
-        if layer.siblings is not self:
-            layer.siblings, layer.place = self, len(self.layers)
-            self.layers.append(layer)
-            self._blocks.clear()
-
-    def forget(self, name: str) -> None:
-        """Drop the sets that this adapter is in."""
-        for names in [names for names in self._blocks if name in names]:
-            del self._blocks[names]
-
-    def drop(self, names: tuple[str, ...]) -> None:
-        """Drop one set."""
-        self._blocks.pop(names, None)
-
-    def block(self, names: tuple[str, ...]) -> Block | None:
-        """The factors of these adapters, kept for the next time; None if there are none here."""
-        to_pack = self.layers[0].is_packed  # while layers turn, the others may not be: no matter
-        known = self._blocks.get(names)
-        if known is None or known[0] != to_pack:
-            block = _stacked(self.layers, names)
-            if block and to_pack:
-                parts = [replace(part, b=_packed(part.b)) for part in block.parts]
-                block = replace(block, a=_packed(block.a), parts=parts)
-            known = self._blocks[names] = to_pack, block
-        return known[1]
-
-
-def _stacked(layers: Sequence[MixedLinear], names: tuple[str, ...]) -> Block | None:
-    """Updates of different precision meet in the widest."""
-    found = [
-        [(k, layer.bound[name]) for k, name in enumerate(names) if name in layer.bound]
-        for layer in layers
-    ]
-    bounds = [bound for here in found for _, bound in here]
-    if not bounds:
-        return None
-    device = bounds[0].a.device
-    dtype = max((bound.a.dtype for bound in bounds), key=lambda dtype: dtype.itemsize)
-    layout = tuple((k, bound.a.shape[0]) for here in found for k, bound in here)
-    return Block(
-        a=_cat([bound.a.to(dtype) for bound in bounds], dim=0),
-        layout=layout,
-        owner=torch.tensor([k for k, rank in layout for _ in range(rank)], device=device),
-        ranks=[sum(bound.a.shape[0] for _, bound in here) for here in found],
-        parts=[
-            _part(here, layer.shape[0], dtype, device)
-            for here, layer in zip(found, layers, strict=True)
-        ],
-    )
-
-
-def _part(
-    here: Sequence[tuple[int, Bound]], width: int, dtype: torch.dtype, device: torch.device
-) -> Part:
-    gained = [(k, bound.gain) for k, bound in here if bound.gain is not None]
-    return Part(
-        _cat([bound.b.to(dtype) for _, bound in here], dim=1)
-        if here
-        else torch.empty(width, 0, dtype=dtype, device=device),
-        torch.stack([gain for _, gain in gained]) if gained else None,
-        torch.tensor([k for k, _ in gained], device=device, dtype=torch.long),
-    )
-
-
-def _packed(factor: Tensor) -> Tensor:
-    """Packed, unless it is of another precision than the base, or of no rank here."""
-    return packed(factor) if factor.numel() and can_pack(factor) else factor
-
-
-def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """One tensor is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
+Share = tuple[Tensor, Part]  # one layer's (x A^T) * g, [.., R], and what it is multiplied by
 
 
 def _like(weights: Tensor, x: Tensor) -> Tensor:
@@ -252,7 +142,7 @@ def _scale(gates: Gates, block: Block, x: Tensor) -> Tensor:
 
 def _shrunk(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:
     """(x A^T) * g"""
-    shrunk = product(x.to(a.dtype), a)
+    shrunk = product(x if x.dtype == a.dtype else x.to(a.dtype), a)
     if shrunk.dtype == torch.float16:  # past 65504 it is inf, and inf * 0 would be NaN
         shrunk = shrunk.masked_fill(scale == 0, 0)
     return shrunk * scale
@@ -264,6 +154,7 @@ class MixedLinear(nn.Module):
     def __init__(self, base: Layer, active: ActiveMixes) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.out_features, self.in_features = shape(base)
         self.active = active
         self.bound: dict[str, Bound] = {}
         self.siblings = Siblings(self)
@@ -273,12 +164,7 @@ class MixedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base matrix as [O, D], whichever way the layer stores it."""
-        return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, D)"""
-        return shape(self.base)
+        return matrix_of(self.base)
 
     @property
     def bias(self) -> Tensor | None:
@@ -294,62 +180,49 @@ class MixedLinear(nn.Module):
         self.take(name, bound(pair, self))
 
     def take(self, name: str, update: Bound) -> None:
+        self.unbind(name)
         self.bound[name] = update
-        self._changed(name)
+        self._gained |= update.gain is not None
 
     def unbind(self, name: str) -> None:
-        self.bound.pop(name, None)
-        self._changed(name)  # also if it is not here: sets that it is in are
-
-    def _changed(self, name: str) -> None:
-        self.siblings.forget(name)
-        self._gained = any(bound.gain is not None for bound in self.bound.values())
+        self.siblings.forget(name)  # also if it is not here: sets that it is in are
+        if self.bound.pop(name, None) and self._gained:
+            self._gained = any(update.gain is not None for update in self.bound.values())
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, O]
         y: Tensor = self.base(x)
         if not self.active.gates or not self.bound:
             return y
-        self.active.meet(self, x)
         wx = y.clone() if self._gained else y
         for n, gates in enumerate(self.active.gates):
-            rows, plain = gates.rows(x), gates.rows(wx)
-            if gates.keep:
-                update = self._kept_update(rows, plain, n, gates)
-            else:
-                update = self._fresh_update(rows, plain, gates)
-            if update is None:
+            share = self.active.share(n, self, x) if gates.keep else self._fresh(gates, x)
+            if share is None:
                 continue
+            update = self._grown(*share, gates, wx)
             if gates.keep or gates.span:
                 gates.rows(y).add_(update)
             else:
                 y = y + update
         return y
 
-    def _kept_update(self, x: Tensor, wx: Tensor, n: int, gates: Gates) -> Tensor | None:
-        """What the adapters of the gates numbered n add to W x, [.., O]; None if nothing."""
-        block = self.siblings.block(gates.adapters)
-        if block is None or not block.ranks[self.place]:
+    def _fresh(self, gates: Gates, x: Tensor) -> Share | None:
+        """(x A^T) * g of factors that nobody keeps, as in training; None if there are none."""
+        block = stacked([self], gates.adapters)
+        if block is None or block.parts[0] is None:
             return None
-        shrunk = self.active.shrunk(n, block, x)[self.place]
-        return self._grown(shrunk, block.parts[self.place], wx, gates)
-
-    def _fresh_update(self, x: Tensor, wx: Tensor, gates: Gates) -> Tensor | None:
-        """The same for factors that nobody keeps: while training, and for a long prompt."""
-        block = _stacked([self], gates.adapters)
-        if block is None:
-            return None
+        x = gates.rows(x)
         x = F.dropout(x, gates.dropout) if gates.dropout else x
-        shrunk = _shrunk(x, block.a, _scale(gates, block, x))
-        return self._grown(shrunk, block.parts[0], wx, gates)
+        return _shrunk(x, block.a, _scale(gates, block, x)), block.parts[0]
 
-    def _grown(self, shrunk: Tensor, part: Part, wx: Tensor, gates: Gates) -> Tensor:
-        """B and the gains of DoRA"""
+    def _grown(self, shrunk: Tensor, part: Part, gates: Gates, wx: Tensor) -> Tensor:
+        """What is added to W x, [.., O]: B, and the gains of DoRA."""
         update = product(shrunk, part.b)
         if part.gains is not None:
-            plain = wx if self.base.bias is None else wx - self.base.bias
-            gains = _like(gates.weights, wx)[..., part.gain_owner].float() @ part.gains
+            plain = gates.rows(wx)
+            plain = plain if self.base.bias is None else plain - self.base.bias
+            gains = _like(gates.weights, plain)[..., part.gain_owner].float() @ part.gains
             update = update + gains * plain
-        return update.to(wx.dtype)
+        return update if update.dtype == wx.dtype else update.to(wx.dtype)
 
 
 class MixedModel:
@@ -451,15 +324,6 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         if type(module) is nn.Linear or isinstance(module, (*KINDS, MixedLinear)):
             shapes[name] = shape(module)
     return shapes
-
-
-def shape(layer: Layer) -> tuple[int, int]:
-    """(O, D)"""
-    if isinstance(layer, MixedLinear):
-        return layer.shape
-    if isinstance(layer, Conv1D):
-        return layer.weight.shape[1], layer.weight.shape[0]
-    return layer.out_features, layer.in_features
 
 
 def check_fit(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:

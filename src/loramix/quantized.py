@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loramix.linear import children, matrix_of
+
 LEVELS = 127  # of either sign
 FEW_ROWS = 4  # up to so many, torch's kernel that reads int8 is faster than widening first
 
@@ -26,12 +28,12 @@ class Int8Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear | Conv1D) -> None:
         super().__init__()
-        matrix = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach()
-        self.out_features, self.in_features = matrix.shape
+        exact = matrix_of(layer).detach()
+        self.out_features, self.in_features = exact.shape
         self.bias = layer.bias
-        largest = matrix.abs().amax(dim=1, keepdim=True).float()
-        scale = (largest / LEVELS).clamp(min=torch.finfo(torch.float32).tiny).to(matrix.dtype)
-        rounded = (matrix.float() / scale.float()).round().clamp(-LEVELS, LEVELS)
+        largest = exact.abs().amax(dim=1, keepdim=True).float()
+        scale = (largest / LEVELS).clamp(min=torch.finfo(torch.float32).tiny).to(exact.dtype)
+        rounded = (exact.float() / scale.float()).round().clamp(-LEVELS, LEVELS)
         self.register_buffer("quantized", rounded.to(torch.int8))
         self.register_buffer("scale", scale.squeeze(1))
 
@@ -56,11 +58,6 @@ class Int8Linear(nn.Module):
 def quantize(model: Any) -> None:
     """Round the linear layers of a frozen transformers model, in place, but its output layer."""
     head = model.get_output_embeddings()
-    found: list[tuple[nn.Module, str, Any]] = [
-        (owner, name, layer)
-        for owner in model.modules()
-        for name, layer in owner.named_children()
-        if type(layer) in (nn.Linear, Conv1D) and layer is not head
-    ]
-    for owner, name, layer in found:
-        setattr(owner, name, Int8Linear(layer))
+    for owner, name, layer in children(model, nn.Linear, Conv1D):
+        if layer is not head:
+            setattr(owner, name, Int8Linear(layer))

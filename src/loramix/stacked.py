@@ -1,0 +1,143 @@
+"""The factors of several adapters side by side, for the layers that are given the same input.
+
+    A [R, D], of one layer after the other        B [O, R], of each layer by itself
+
+R is the sum of the adapters' ranks. Copying factors together takes about as long as a step, so what
+is side by side is kept until one of its adapters leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loramix.frozen import can_pack, packed
+from loramix.linear import matrix_of
+from loramix.lora import Pair, dora_gain
+
+Layout = tuple[tuple[int, int], ...]  # gate column and rank of the updates in a block, in order
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One adapter's update as a layer applies it."""
+
+    a: Tensor  # [R, D]
+    b: Tensor  # [O, R], a DoRA magnitude folded in
+    gain: Tensor | None  # [O], what DoRA adds to W x
+
+
+def bound(pair: Pair, layer: Any) -> Bound:
+    """An update as this layer, or the one that wraps it, applies it."""
+    if pair.magnitude is None:
+        return Bound(pair.a, pair.b, None)
+    scale = dora_gain(pair, matrix_of(layer))
+    return Bound(pair.a, (scale[:, None] * pair.b).to(pair.b.dtype), scale - 1)
+
+
+class Sibling(Protocol):
+    """A layer with adapters bound to it (mixed.py)."""
+
+    bound: dict[str, Bound]
+    siblings: Siblings
+    place: int  # among them
+
+    @property
+    def is_packed(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The B's of one layer side by side."""
+
+    b: Tensor  # [O, R]
+    gains: Tensor | None  # [K', O]
+    gain_owner: Tensor  # [K']
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The updates of several adapters side by side."""
+
+    a: Tensor  # [R, D], of one layer after the other
+    layout: Layout
+    owner: Tensor  # [R], the gate column that weighs each rank column
+    ranks: list[int]  # of each layer; they add up to R
+    parts: Sequence[Part | None]  # of each layer; None where none of the adapters acts
+
+
+class Siblings:
+    """Layers that are given the same input, and their factors side by side."""
+
+    def __init__(self, *layers: Sibling) -> None:
+        self.layers = list(layers)
+        self._blocks: dict[tuple[str, ...], tuple[bool, Block | None]] = {}  # packed or not
+
+    def join(self, layer: Sibling) -> None:
+        if layer.siblings is not self:
+            layer.siblings, layer.place = self, len(self.layers)
+            self.layers.append(layer)
+            self._blocks.clear()
+
+    def forget(self, name: str) -> None:
+        """Drop the sets that this adapter is in."""
+        for names in [names for names in self._blocks if name in names]:
+            del self._blocks[names]
+
+    def drop(self, names: tuple[str, ...]) -> None:
+        """Drop one set."""
+        self._blocks.pop(names, None)
+
+    def block(self, names: tuple[str, ...]) -> Block | None:
+        """The factors of these adapters, kept for the next time; None if there are none here."""
+        to_pack = self.layers[0].is_packed  # while layers turn, the others may not be: no matter
+        known = self._blocks.get(names)
+        if known is None or known[0] != to_pack:
+            block = stacked(self.layers, names)
+            if block and to_pack:
+                parts = [part and replace(part, b=_packed(part.b)) for part in block.parts]
+                block = replace(block, a=_packed(block.a), parts=parts)
+            known = self._blocks[names] = to_pack, block
+        return known[1]
+
+
+def stacked(layers: Sequence[Sibling], names: Sequence[str]) -> Block | None:
+    """Updates of different precision meet in the widest; None if none of them acts here."""
+    found = [
+        [(k, layer.bound[name]) for k, name in enumerate(names) if name in layer.bound]
+        for layer in layers
+    ]
+    bounds = [bound for here in found for _, bound in here]
+    if not bounds:
+        return None
+    dtype = max((bound.a.dtype for bound in bounds), key=lambda dtype: dtype.itemsize)
+    layout = tuple((k, bound.a.shape[0]) for here in found for k, bound in here)
+    owner = [k for k, rank in layout for _ in range(rank)]
+    return Block(
+        a=_cat([bound.a.to(dtype) for bound in bounds], dim=0),
+        layout=layout,
+        owner=torch.tensor(owner, device=bounds[0].a.device),
+        ranks=[sum(bound.a.shape[0] for _, bound in here) for here in found],
+        parts=[_part(here, dtype) if here else None for here in found],
+    )
+
+
+def _part(here: Sequence[tuple[int, Bound]], dtype: torch.dtype) -> Part:
+    b = _cat([bound.b.to(dtype) for _, bound in here], dim=1)
+    gained = [(k, bound.gain) for k, bound in here if bound.gain is not None]
+    owner = torch.tensor([k for k, _ in gained], device=b.device, dtype=torch.long)
+    return Part(b, torch.stack([gain for _, gain in gained]) if gained else None, owner)
+
+
+def _packed(factor: Tensor) -> Tensor:
+    """Packed, unless it is of another precision than the base, or of no rank here."""
+    return packed(factor) if factor.numel() and can_pack(factor) else factor
+
+
+def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """One tensor is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
