@@ -751,7 +751,7 @@ def test_a_set_of_adapters_stays_side_by_side_while_the_batch_changes_within_it(
         engine.generate([greedy("in", Mix({name: 0.5})) for name in "ab"])
         assert mixed._sets == [three]  # the set of three has these two
         engine.generate([greedy("in", Mix({"d": 1}))])
-        assert mixed._sets[-1] == (engine._residents.hold("d").bound,)
+        assert mixed._sets[-1] == (engine._loaded._residents.hold("d").bound,)
         engine.remove("a")
         engine.generate([greedy("in", Mix({"b": 1}))])
         assert three not in mixed._sets

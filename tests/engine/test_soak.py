@@ -89,7 +89,7 @@ def test_nothing_is_lost_wrong_or_left_behind(tmp_path):
     ) as engine:
         counts, memory = asyncio.run(soak(engine, work, hot))
         assert engine._scheduler.is_idle
-        assert not any(resident.num_users for resident in engine._residents._all())
+        assert not any(resident.num_users for resident in engine._loaded._residents._all())
     sys.stderr.write(f"{counts}, memory in MiB from start to end: {spread(memory)}\n")
     assert min(counts.values()) > 0
     assert counts["answered"] + counts["cancelled"] == counts["asked"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,15 +22,14 @@ from loramix.engine import Answer, Chunk, Request
 from loramix.engine.cache import PrefixCache
 from loramix.engine.core import Core
 from loramix.engine.exact import exact_context, require_exact, vocabulary_size
+from loramix.engine.loaded import LoadedAdapters
 from loramix.engine.reader import Scorer, Writer
-from loramix.engine.residents import Resident, Residents
+from loramix.engine.residents import Resident
 from loramix.engine.sampler import Sampler, end_tokens
 from loramix.engine.scheduler import Reader, Scheduler, Task
 from loramix.engine.text import Detokenizer, StopStrings
-from loramix.errors import BadRequest, Busy, EngineError, TooLong, UnknownAdapter
-from loramix.library import Library, check_fingerprint
-from loramix.lora import size_bytes
-from loramix.mix import Mix
+from loramix.errors import BadRequest, Busy, EngineError, TooLong
+from loramix.library import Library
 
 GIB = 1 << 30
 
@@ -94,10 +92,7 @@ class LocalEngine:
         )
         self._max_queue = max_queue
         self._core = Core(base.model, self._scheduler, num_threads)
-        self._residents = Residents(adapter_bytes)
-        self._lock = threading.Lock()  # of the residents; nobody who has it waits for the core
-        self._released = threading.Condition(self._lock)  # some request let its adapters go
-        self._adding = threading.Lock()  # one adapter after another
+        self._loaded = LoadedAdapters(base, library, self._core, adapter_bytes)
         self._generation = base.model.generation_config
         self._vocabulary = vocabulary_size(base.model)
         self._core.start()
@@ -127,8 +122,7 @@ class LocalEngine:
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters in memory, sorted."""
-        with self._lock:
-            return tuple(self._residents.names)
+        return self._loaded.names
 
     def add(self, adapter: Adapter, *, aligned: bool = True) -> None:
         """Add an adapter, or replace the one of its name, for requests that come from now on.
@@ -138,35 +132,14 @@ class LocalEngine:
         they began with. Raises BaseMismatch, AdapterError for one larger than all may be together,
         Busy if those at work leave no room.
         """
-        with self._adding:
-            self._add(adapter, aligned=aligned, pinned=True)
+        self._loaded.add(adapter, aligned=aligned)
 
     def remove(self, name: str) -> None:
         """Forget an adapter in memory; requests at work finish. Raises UnknownAdapter.
 
         One that the library holds is read again when a mix names it.
         """
-        with self._lock:
-            if name not in self._residents:
-                raise UnknownAdapter(name, self._residents.names)
-            self._unbind(self._residents.remove(name))
-
-    def _add(self, adapter: Adapter, *, aligned: bool, pinned: bool, beside_bytes: int = 0) -> None:
-        check_fingerprint(adapter, self.base)
-        dtype = self.base.dtype if aligned else None
-        bound = f"{adapter.name}@{adapter.digest}{'' if aligned else '@own'}"
-        resident = Resident(bound, size_bytes(adapter.pairs.values(), dtype), pinned)
-        with self._lock:
-            residents, needed = self._residents, resident.size_bytes
-            self._unbind(residents.make_room(adapter.name, needed, beside_bytes))
-        self._core.bind(adapter, bound, dtype)
-        with self._lock:
-            self._unbind(self._residents.put(adapter.name, resident))
-
-    def _unbind(self, gone: Iterable[Resident]) -> None:
-        with contextlib.suppress(EngineError):  # closed: nothing is bound any more
-            for resident in gone:
-                self._core.unbind(resident.bound)
+        self._loaded.remove(name)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer all requests as one running batch; wait while the queue is full.
@@ -222,7 +195,7 @@ class LocalEngine:
         if request.n > self._max_queue:
             raise BadRequest(f"n is {request.n}, but at most {self._max_queue} may wait at once.")
         jobs = [job for job, _ in self._written(request, send)]
-        await self._in_memory(request.mix)
+        await self._loaded.read(request.mix)
         ready: list[Task] = []
         tasks: list[Task] = []
         try:
@@ -257,7 +230,7 @@ class LocalEngine:
 
     def _finish(self, jobs: Sequence[Job]) -> list[Task]:
         """Run all jobs to their end; if one fails, or the caller gives up, cancel the rest."""
-        self._require_known(name for job in jobs for name in job.request.mix)
+        self._loaded.require_known(name for job in jobs for name in job.request.mix)
         submitted: list[Task] = []
         ready: list[Task] = []  # those that begin together, so equal lists make equal batches
         try:
@@ -294,7 +267,7 @@ class LocalEngine:
         held: list[Resident] = []
         try:
             mix = job.request.mix
-            held = self._hold(mix, wait=wait)
+            held = self._loaded.hold(mix, wait=wait)
             weights = tuple((r.bound, w) for r, w in zip(held, mix.values(), strict=True))
             task = Task(
                 list(job.tokens),
@@ -309,75 +282,16 @@ class LocalEngine:
             if task.after and task.after.key != task.key:  # an adapter was replaced in between
                 task.after = None
         except BaseException:
-            self._release(held)
+            self._loaded.release(held)
             self._scheduler.room.release()
             raise
-        task.done.add_done_callback(lambda _: self._release(held))
+        task.done.add_done_callback(lambda _: self._loaded.release(held))
         return task
 
     def _abandon(self, task: Task) -> None:
         """Let go what a task has that was never submitted."""
         task.done.cancel()
         self._scheduler.room.release()
-
-    def _hold(self, mix: Mix, *, wait: bool) -> list[Resident]:
-        """The adapters of a mix, which stay in memory until they are released.
-
-        Without room for them while others are at work: Busy, or `wait`. What was held by then is
-        let go meanwhile, so two who wait do not wait for each other.
-        """
-        while True:
-            held: list[Resident] = []
-            try:
-                for name in mix:
-                    held.append(self._held(name, beside=held))
-                return held
-            except Busy:
-                if not wait:
-                    raise
-            finally:
-                if len(held) < len(mix):
-                    self._release(held)
-            with self._released:
-                self._released.wait(timeout=1)
-
-    def _held(self, name: str, beside: Sequence[Resident]) -> Resident:
-        """One adapter, in memory and held; it is read from the library if it has to be."""
-        beside_bytes = sum(resident.size_bytes for resident in beside if not resident.pinned)
-        while True:
-            with self._lock:
-                if name in self._residents:
-                    return self._residents.hold(name)
-            with self._adding:
-                if name not in self.adapters:
-                    adapter = self._require_library(name).load(name)
-                    self._add(adapter, aligned=True, pinned=False, beside_bytes=beside_bytes)
-
-    def _release(self, held: Sequence[Resident]) -> None:
-        with self._released:
-            for resident in held:
-                self._unbind(self._residents.release(resident))
-            self._released.notify_all()
-
-    async def _in_memory(self, mix: Mix) -> None:
-        """Read the adapters of a mix that are not there yet, without holding up the event loop."""
-        self._require_known(mix)
-        if not set(mix) <= set(self.adapters):
-            # Released there too: who stops waiting for it must not leave it held.
-            await asyncio.to_thread(lambda: self._release(self._hold(mix, wait=False)))
-
-    def _require_known(self, names: Iterable[str]) -> None:
-        here = self.adapters
-        for name in dict.fromkeys(names):
-            if name not in here:
-                self._require_library(name)
-
-    def _require_library(self, name: str) -> Library:
-        """The library, which holds this adapter. Raises UnknownAdapter."""
-        known = self.library.names() if self.library else ()
-        if self.library is None or name not in known:
-            raise UnknownAdapter(name, {*known, *self.adapters})
-        return self.library
 
     def _writer(
         self, request: Request, prompt: Sequence[int], index: int, send: Callable[[Chunk], None]
