@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,13 +13,26 @@ from loramix.errors import BadRequest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool that the model wants called; `arguments` is a JSON object, as text."""
+
+    name: str
+    arguments: str
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One turn; that of role "tool" is what a tool returned to the call `call_id`."""
+
     role: Role
     content: str
+    calls: tuple[Call, ...] = ()  # of an assistant's turn
+    call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +56,76 @@ class Example:
         return self.messages[-1].content
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template: Mapping[str, Any] | None = None,
+) -> list[int]:
     """The tokens of a conversation up to where the model's answer begins.
 
     Uses the tokenizer's own chat template; a tokenizer without one (GPT-2 and other base models)
-    gets the contents joined by blank lines, as plain text to continue.
+    gets the contents joined by blank lines, as plain text to continue. `template` is what else the
+    template is told, for instance `tools` or `enable_thinking`. BadRequest for what it does not
+    mention, as that would change nothing, and for turns that it refuses.
     """
     if not messages:
         raise BadRequest("A conversation needs at least one message; got none.")
+    told = dict(template or {})
+    _require_mentioned(tokenizer, messages, told)
     if not tokenizer.chat_template:
         return list(tokenizer("\n\n".join(m.content for m in messages))["input_ids"])
     from jinja2 import TemplateError
 
-    turns = [{"role": m.role, "content": m.content} for m in messages]
     try:
         rendered: Any = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=True
+            [_turn(message) for message in messages],
+            add_generation_prompt=True,
+            return_dict=True,
+            **told,
         )
-    except TemplateError as error:  # how a template refuses a system turn or an order of turns
+    except (
+        TemplateError,
+        TypeError,
+    ) as error:  # how a template refuses a system turn or an order of turns
         raise BadRequest(
             f"The base's chat template refuses these messages ({error}); reorder or drop some."
         ) from error
     return list(rendered["input_ids"])
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool = False) -> str:
+    """The chat template; of several the one for tools or the plain one. Empty if there is none."""
+    if not tokenizer.chat_template:
+        return ""
+    return str(tokenizer.get_chat_template(tools=[{}] if with_tools else None))
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
+            for call in message.calls
+        ]
+    if message.role == "tool":
+        turn["tool_call_id"] = message.call_id
+    return turn
+
+
+def _require_mentioned(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], told: Mapping[str, Any]
+) -> None:
+    """BadRequest if the template would pass over something that it is told."""
+    with_tools = "tools" in told or any(m.calls or m.role == "tool" for m in messages)
+    text = template_text(tokenizer, with_tools=with_tools)
+    wanted = {*told, "tools"} if with_tools else set(told)
+    for name in sorted(wanted):
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            raise BadRequest(
+                f"The chat template of this base knows nothing of {name!r}; leave that out, or "
+                f"serve a base that does."
+            )

@@ -835,3 +835,60 @@ def test_a_task_given_up_before_it_is_taken_is_not_run(engine, monkeypatch):
 def test_a_score_is_one_and_exact(engine, change):
     with pytest.raises(BadRequest, match="exact"):
         engine.score([replace(greedy("the cat"), **change)], ["in"])
+
+
+@pytest.mark.parametrize("step_tokens", [4, 512])
+def test_a_prompts_own_tokens_have_log_probabilities_too(step_tokens):
+    base = tiny_base()
+    prompt = tuple(base.tokenizer("the cat sat on a hat")["input_ids"])
+    sampling = Sampling(temperature=0, max_tokens=3, prompt_logprobs=2)
+    with LocalEngine(
+        base, two_adapters(base.model), step_tokens=step_tokens, max_batch=4
+    ) as engine:
+        engine.generate([greedy(prompt, MIXES[2])])  # the cache must not swallow any of them
+        answers = engine.generate([Request(prompt, MIXES[2], sampling, n=2)])
+        chunks = asyncio.run(collected(engine, Request(prompt, MIXES[2], sampling)))
+        cut = len(prompt) // 2
+        rest = base.tokenizer.decode(prompt[cut:])
+        score = engine.score([Request(prompt[:cut], MIXES[2])], [rest])[0]
+    for answer in answers:
+        assert [p.token for p in answer.prompt_logprobs] == list(prompt[1:])
+        assert all(p.top[0][1] >= p.value - 1e-5 for p in answer.prompt_logprobs)
+        assert sum(p.value for p in answer.prompt_logprobs[cut - 1 :]) == pytest.approx(score, 1e-4)
+    assert chunks[0].prompt_logprobs == answers[0].prompt_logprobs
+    assert not any(chunk.prompt_logprobs for chunk in chunks[1:])
+
+
+async def collected(engine, request):
+    return [chunk async for chunk in engine.stream(request)]
+
+
+def test_statistics_tell_what_runs_and_what_was_reused(engine):
+    async def watched():
+        stream = engine.stream(greedy("the cat", MIXES[2], max_tokens=60))
+        await anext(stream)
+        during = engine.statistics()
+        async for _ in stream:
+            pass
+        return during
+
+    during = asyncio.run(watched())
+    engine.generate([greedy("the cat", MIXES[2])])
+    after = engine.statistics()
+    assert during.running == (MIXES[2],)
+    assert after.running == after.waiting == ()
+    assert after.adapters == ("a", "b")
+    assert 0 < after.num_cached_tokens < after.num_prompt_tokens
+    assert 0 < after.kv_used_bytes < after.kv_limit_bytes
+    assert after.num_steps >= 60
+
+
+def test_an_answer_may_be_as_long_as_fits(engine):
+    prompt = "the cat " * 5
+    fitted = greedy(prompt, max_tokens=1000, fit=True)
+    with pytest.raises(TooLong):
+        engine.generate([greedy(prompt, max_tokens=1000)])
+    answer = engine.generate([fitted])[0]
+    assert answer.finish == "stop" or answer.num_prompt_tokens + answer.num_tokens == 128
+    with pytest.raises(TooLong):
+        engine.generate([greedy("the cat " * 100, fit=True)])

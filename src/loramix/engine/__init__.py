@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from loramix.chat import Message
 from loramix.errors import BadRequest
@@ -30,6 +30,7 @@ class Sampling:
     top_k: int | None = None
     min_p: float | None = None  # least probability, as a share of the likeliest token's
     max_tokens: int = 256
+    fit: bool = False  # max_tokens becomes what the prompt leaves of the context, if that is less
     stop: tuple[str, ...] = ()
     seed: int | None = None
     repetition_penalty: float | None = None  # divides logits of what was said; 1 is none
@@ -37,6 +38,8 @@ class Sampling:
     frequency_penalty: float = 0.0  # taken off for each time that it was said
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added, by token
     logprobs: int | None = None  # how many alternatives to report beside each token's own
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, from its second on
+    schema: str | None = None  # a JSON schema that the whole answer follows
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not 0 <= self.temperature <= 100:
@@ -59,11 +62,12 @@ class Sampling:
                     f"logit_bias of {token!r} cannot be used; expected whole numbers as tokens and "
                     f"values of -{MAX_BIAS} to {MAX_BIAS}."
                 )
-        known = self.logprobs is None or type(self.logprobs) is int
-        if not known or not 0 <= (self.logprobs or 0) <= MAX_LOGPROBS:
-            raise BadRequest(
-                f"logprobs is {self.logprobs}; expected a whole number of 0 to {MAX_LOGPROBS}."
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value <= MAX_LOGPROBS):
+                raise BadRequest(
+                    f"{name} is {value}; expected a whole number of 0 to {MAX_LOGPROBS}."
+                )
         counts = {"top_k": 1 if self.top_k is None else self.top_k, "max_tokens": self.max_tokens}
         for name, value in counts.items():
             if type(value) is not int or value < 1:
@@ -85,6 +89,7 @@ class Request:
     "exact" computes them again under this one; "keep" keeps their keys and values, if they are
     still in memory, and applies this mix from the next token on. That is faster, an approximation,
     and not repeatable by the name of the mix; `Answer.num_kept_tokens` says how much was kept.
+    `template` is what the base's chat template is told besides the messages (`chat.prompt_ids`).
     """
 
     prompt: tuple[Message, ...] | str | tuple[int, ...]  # chat, raw text, or token ids
@@ -92,6 +97,7 @@ class Request:
     sampling: Sampling = Sampling()
     n: int = 1
     history: Literal["exact", "keep"] = "exact"
+    template: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if type(self.n) is not int or not 1 <= self.n <= MAX_ANSWERS:
@@ -119,6 +125,7 @@ class Chunk:
     num_prompt_tokens: int = 0  # set on the last chunk, as in `Answer`
     logprobs: tuple[LogProb, ...] = ()  # of these tokens, if asked for
     index: int = 0  # of the answer, where a request has several
+    prompt_logprobs: tuple[LogProb, ...] = ()  # of the prompt's second token on; on the first chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +140,39 @@ class Answer:
     num_kept_tokens: int = 0  # of these, computed under another mix (`history="keep"`)
     logprobs: tuple[LogProb, ...] = ()  # of each token, if asked for
     index: int = 0  # where a request has several
+    prompt_logprobs: tuple[LogProb, ...] = ()  # of the prompt's second token on, if asked for
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What an engine is doing, and has done since it was opened."""
+
+    running: tuple[Mix, ...] = ()  # one for each answer at work
+    waiting: tuple[Mix, ...] = ()
+    adapters: tuple[str, ...] = ()  # in memory
+    kv_used_bytes: int = 0  # reserved by answers at work, or held for later ones
+    kv_limit_bytes: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # of all requests that began
+    num_cached_tokens: int = 0  # of these, not computed because an earlier request had
+
+
 class Engine(Protocol):
     """What the server, the benchmark and the search need from whatever runs the model."""
+
+    @property
+    def base_id(self) -> str:
+        """What clients call the bare base by."""
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token by itself; what is no whole character reads U+FFFD."""
+
+    def statistics(self) -> Statistics:
+        """A moment's view, from any thread."""
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer all requests as one running batch; the `n` answers of each, in order."""

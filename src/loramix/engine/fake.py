@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from loramix.engine import Answer, Chunk, Finish, Request
+from loramix.engine import Answer, Chunk, Finish, Request, Statistics
 from loramix.errors import BadRequest
 
 
@@ -14,6 +14,14 @@ class FakeEngine:
 
     `max_tokens` cuts it short; sampling has nothing else to choose from.
     """
+
+    base_id = "fake"
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        return [f"{token} " for token in tokens]
+
+    def statistics(self) -> Statistics:
+        return Statistics()
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         return [

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from loramix.adapter import Adapter
 from loramix.base import Base
 from loramix.chat import Message, prompt_ids
-from loramix.engine import Answer, Chunk, Request
+from loramix.engine import Answer, Chunk, Request, Statistics
 from loramix.engine.cache import PrefixCache
 from loramix.engine.core import Core
 from loramix.engine.exact import exact_context, require_exact, vocabulary_size
+from loramix.engine.form import Forms
 from loramix.engine.loaded import LoadedAdapters
-from loramix.engine.reader import Scorer, Writer
+from loramix.engine.reader import Echo, Scorer, Writer
 from loramix.engine.residents import Resident
 from loramix.engine.sampler import Sampler, end_tokens
 from loramix.engine.scheduler import Reader, Scheduler, Task
@@ -44,6 +47,11 @@ class Job:
     limit: int  # tokens that are computed at most
     reader: Reader
     index: int = 0
+
+    @property
+    def first_read(self) -> int:
+        """The first token whose logits matter: the prompt's last, unless all of its own do."""
+        return self.num_prompt - 1 if self.request.sampling.prompt_logprobs is None else 0
 
 
 class LocalEngine:
@@ -95,6 +103,7 @@ class LocalEngine:
         self._loaded = LoadedAdapters(base, library, self._core, adapter_bytes)
         self._generation = base.model.generation_config
         self._vocabulary = vocabulary_size(base.model)
+        self._forms = Forms(base.tokenizer, self._vocabulary, end_tokens(self._generation))
         self._core.start()
         self._closer = weakref.finalize(self, self._core.close)
         try:
@@ -118,6 +127,20 @@ class LocalEngine:
     def close(self) -> None:
         """Fail what is unfinished with EngineError and end the thread; may be repeated."""
         self._closer()
+
+    @property
+    def base_id(self) -> str:
+        """What clients call the bare base by."""
+        return self.base.id
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token by itself; what is no whole character reads U+FFFD."""
+        decode = partial(self.base.tokenizer.decode, clean_up_tokenization_spaces=False)
+        return [str(decode([token])) for token in tokens]
+
+    def statistics(self) -> Statistics:
+        """A moment's view, from any thread."""
+        return self._scheduler.statistics(self.adapters)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -221,11 +244,14 @@ class LocalEngine:
     def _written(self, request: Request, send: Callable[[Chunk], None]) -> list[tuple[Job, Writer]]:
         """A job and its writer for each of a request's answers."""
         prompt = self._prompt(request)
+        request = self._fitted(request, len(prompt))
         limit = len(prompt) + request.sampling.max_tokens - 1  # the last token is not computed
         writers = [self._writer(request, prompt, index, send) for index in range(request.n)]
+        num_top = request.sampling.prompt_logprobs
         return [
-            (Job(request, prompt, len(prompt), limit, writer, index), writer)
+            (Job(request, prompt, len(prompt), limit, reader, index), writer)
             for index, writer in enumerate(writers)
+            for reader in [writer if num_top is None else Echo(prompt, num_top, writer)]
         ]
 
     def _finish(self, jobs: Sequence[Job]) -> list[Task]:
@@ -271,7 +297,7 @@ class LocalEngine:
             weights = tuple((r.bound, w) for r, w in zip(held, mix.values(), strict=True))
             task = Task(
                 list(job.tokens),
-                first_read=job.num_prompt - 1,
+                first_read=job.first_read,
                 weights=weights,
                 key=" ".join([str(mix), *(name for name, _ in weights)]),
                 reader=job.reader,
@@ -299,8 +325,9 @@ class LocalEngine:
         sampling, config = request.sampling, self._generation
         self._require_room(len(prompt), sampling.max_tokens)
         self._require_tokens(sampling.logit_bias, "logit_bias")
+        form = self._forms.follow(sampling.schema) if sampling.schema is not None else None
         return Writer(
-            Sampler(sampling, config, prompt, index),
+            Sampler(sampling, config, prompt, index, form),
             Detokenizer(self.base.tokenizer, prompt),
             StopStrings(sampling.stop),
             end=end_tokens(config),
@@ -321,8 +348,9 @@ class LocalEngine:
             messages = [part for part in prompt if isinstance(part, Message)]
             for message in messages:
                 _require_characters(message.content)
+            _require_characters(json.dumps(dict(request.template), ensure_ascii=False))
             tokens = [part for part in prompt if isinstance(part, int)]
-            tokens = tokens or prompt_ids(self.base.tokenizer, messages)
+            tokens = tokens or prompt_ids(self.base.tokenizer, messages, request.template)
         if not tokens or not prompt:
             raise BadRequest("The prompt is empty; expected at least one token.")
         self._require_tokens(tokens, "the prompt")
@@ -349,6 +377,14 @@ class LocalEngine:
     def _tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         encoded = self.base.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])
+
+    def _fitted(self, request: Request, num_prompt: int) -> Request:
+        """The request with as many tokens as it asks for, or as fit if it leaves that open."""
+        sampling = request.sampling
+        room = min(self.context, self._scheduler.kv_bytes // self.token_bytes) - num_prompt
+        if not sampling.fit or room >= sampling.max_tokens:
+            return request
+        return replace(request, sampling=replace(sampling, max_tokens=max(1, room)))
 
     def _require_room(self, num_prompt: int, num_more: int) -> None:
         if num_prompt + num_more > self.context:

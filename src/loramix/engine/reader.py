@@ -30,6 +30,7 @@ class Writer:
     ) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[LogProb] = []
+        self.prompt_logprobs: tuple[LogProb, ...] = ()  # set by an `Echo`
         self.finish: Finish | None = None
         self._sampler = sampler
         self._detokenizer = detokenizer
@@ -73,6 +74,7 @@ class Writer:
             num_kept_tokens=num_kept_tokens,
             logprobs=tuple(self.logprobs),
             index=self._index,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     def _text(self, token: int) -> str:
@@ -86,11 +88,33 @@ class Writer:
 
     def _send_on(self, text: str) -> None:
         num_tokens = len(self.tokens) - self._num_sent
+        before = () if self._num_sent else self.prompt_logprobs
         logprobs = tuple(self.logprobs[self._num_sent :])
         self._num_sent = len(self.tokens)
         self._texts.append(text)
         size = self._num_prompt_tokens if self.finish else 0
-        self._send(Chunk(text, num_tokens, self.finish, size, logprobs, self._index))
+        self._send(Chunk(text, num_tokens, self.finish, size, logprobs, self._index, before))
+
+
+class Echo:
+    """Notes how likely a prompt's own tokens are, from its second one on; then a writer goes on."""
+
+    def __init__(self, prompt: Sequence[int], num_top: int, writer: Writer) -> None:
+        self._left = list(prompt[1:])
+        self._num_top = num_top
+        self._writer = writer
+
+    @property
+    def finished(self) -> bool:
+        return self._writer.finished
+
+    def read(self, logits: Tensor) -> list[int]:
+        """Note the next tokens of the prompt by [T, V]; its last row is the writer's."""
+        known, self._left = self._left[: len(logits)], self._left[len(logits) :]
+        noted = [logprob(row, t, self._num_top) for row, t in zip(logits, known, strict=False)]
+        self._writer.prompt_logprobs += tuple(noted)
+        rest = logits[len(known) :]
+        return self._writer.read(rest) if len(rest) else []
 
 
 class Scorer:

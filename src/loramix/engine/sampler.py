@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from loramix.engine import LogProb, Sampling
+from loramix.engine.form import Form
 
 SPREAD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: no two answers' seeds are neighbours
 
@@ -18,7 +19,8 @@ class Sampler:
 
     So a seed gives the same tokens whatever runs beside it. What `sampling` leaves open comes from
     the model's generation config, and what that leaves open too is off: greedy, all tokens.
-    `prompt` counts for the repetition penalty; `index` tells several answers to it apart.
+    `prompt` counts for the repetition penalty; `index` tells several answers to it apart; `form`
+    forbids tokens.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class Sampler:
         config: GenerationConfig,
         prompt: Sequence[int] = (),
         index: int = 0,
+        form: Form | None = None,
     ) -> None:
         self.temperature = sampling.temperature
         if self.temperature is None:
@@ -41,6 +44,7 @@ class Sampler:
         self.bias = dict(sampling.logit_bias)
         self._seen = set(prompt) if self.repetition != 1 else set()
         self._said: list[int] = []
+        self._form = form
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
@@ -50,6 +54,8 @@ class Sampler:
     def pick(self, logits: Tensor) -> int:
         """The next token, from float32 logits [V]."""
         logits = self.penalised(logits)
+        if self._form:
+            logits = self._form.mask(logits)
         if not self.temperature:
             token = int(logits.argmax())
         else:
@@ -57,6 +63,8 @@ class Sampler:
             token = int(torch.multinomial(probabilities, 1, generator=self.generator))
         self._said.append(token)
         self._seen.add(token)
+        if self._form:
+            self._form.take(token)
         return token
 
     def penalised(self, logits: Tensor) -> Tensor:

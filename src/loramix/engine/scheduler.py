@@ -21,9 +21,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loramix.engine import Statistics
 from loramix.engine.attention import Span
 from loramix.engine.cache import History, PrefixCache
 from loramix.errors import EngineError
+from loramix.mix import Mix
 from loramix.mixed import Gates
 
 OWN_GATES = 64  # tokens from which a span has gates of its own (see mixed.py)
@@ -66,6 +68,11 @@ class Task:
 
     def __post_init__(self) -> None:
         self.limit = self.limit or len(self.tokens)
+
+    @property
+    def mix(self) -> Mix:
+        """Of the adapters' own names; those of `weights` say the file's content too."""
+        return Mix({name.partition("@")[0]: weight for name, weight in self.weights})
 
     @property
     def num_pending(self) -> int:
@@ -190,6 +197,9 @@ class Scheduler:
         self.room = threading.Semaphore(max_queue)  # taken before `add`, given back on leaving
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
 
     @property
     def is_idle(self) -> bool:
@@ -216,6 +226,7 @@ class Scheduler:
 
     def record(self, batch: Batch, logits: Tensor) -> None:
         """Remember a step: its keys and values, and what the readers make of its logits."""
+        self._num_steps += 1
         for part in batch.parts:
             part.task.history.advance(part.span.num_rows)
         for task in self.running:
@@ -256,8 +267,24 @@ class Scheduler:
             self.waiting.popleft()
             self.room.release()
             task.num_cached_tokens = task.history.num_tokens
+            self._num_prompt_tokens += len(task.tokens)
+            self._num_cached_tokens += task.num_cached_tokens
             self.running.append(task)
             self.cache.resize(min(left, self._cache_bytes))
+
+    def statistics(self, adapters: tuple[str, ...]) -> Statistics:
+        """A moment's view; the one thing here that any thread may ask for."""
+        running = self.running.copy()
+        return Statistics(
+            running=tuple(task.mix for task in running),
+            waiting=tuple(task.mix for task in self.waiting.copy()),
+            adapters=adapters,
+            kv_used_bytes=sum(map(self._most_bytes, running)) + self.cache.size_bytes,
+            kv_limit_bytes=self.kv_bytes,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+        )
 
     @property
     def reserved_bytes(self) -> int:
