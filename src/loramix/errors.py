@@ -13,6 +13,7 @@
     - BadRequest             a request no engine can answer (empty prompt, impossible sampling)
     - TooLong                prompt + max_tokens exceed the context
     - Busy                   the queue is full
+  * MergeError             updates, settings or a base that cannot be merged exactly
   * TrainError             training data or settings that cannot work
 
 A message says what happened, what was expected, and what to do next, in one line. The command
@@ -78,6 +79,9 @@ class Busy(EngineError):
     """The queue is full: the request was not taken."""
 
     status = 503
+
+
+class MergeError(LoramixError): ...
 
 
 class TrainError(LoramixError): ...

@@ -19,6 +19,7 @@ from loramix.cli.ask import ask, route
 from loramix.cli.chat import chat
 from loramix.cli.demo import demo
 from loramix.cli.flags import flags
+from loramix.cli.merge import merge
 from loramix.errors import LoramixError
 
 app = typer.Typer(
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (ask, chat, route, demo):
+for command in (ask, chat, route, merge, demo):
     app.command()(flags(command))
 app.add_typer(adapters, name="adapters")
 app.add_typer(router, name="router")

@@ -1,0 +1,138 @@
+"""Merge methods once more, written from their papers on dense float64 matrices: the references."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def trim(d: Tensor, density: float) -> Tensor:
+    keep = round(density * d.numel())
+    if keep == 0:
+        return torch.zeros_like(d)
+    cut = d.abs().flatten().sort(descending=True).values[keep - 1]
+    return torch.where(d.abs() >= cut, d, 0)
+
+
+def elect_and_average(terms: Tensor) -> Tensor:
+    """TIES, steps 2 and 3: the sign with the larger total magnitude, the mean of those entries."""
+    up, down = terms.clamp(min=0).sum(0), -terms.clamp(max=0).sum(0)
+    sign = torch.where(up > down, 1.0, torch.where(down > up, -1.0, 0.0))
+    agree = (terms.sign() == sign) & (terms != 0)
+    return (terms * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def weighed(deltas: Tensor, weights: Tensor) -> Tensor:
+    return deltas * weights[:, None, None]
+
+
+def ties(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
+    return elect_and_average(weighed(torch.stack([trim(d, density) for d in deltas]), weights))
+
+
+def ties_normalised(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
+    terms = weighed(torch.stack([trim(d, density) for d in deltas]), weights)
+    agree = (terms.sign() == terms.sum(0).sign()) & (terms != 0)
+    return (terms * agree).sum(0) / weighed(agree, weights).sum(0).clamp(min=1e-8)
+
+
+def magnitude_prune(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
+    return weighed(torch.stack([trim(d, density) for d in deltas]), weights).sum(0)
+
+
+def breadcrumbs(deltas: Tensor, weights: Tensor, density: float, gamma: float) -> Tensor:
+    def masked(d: Tensor) -> Tensor:
+        order = d.abs().flatten().argsort(descending=True)
+        top, keep = round(gamma * d.numel()), round((density + gamma) * d.numel())
+        mask = torch.zeros(d.numel(), dtype=torch.bool)
+        mask[order[top:keep]] = True
+        return d * mask.view_as(d)
+
+    return weighed(torch.stack([masked(d) for d in deltas]), weights).sum(0)
+
+
+def sce(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
+    terms = weighed(deltas, weights)
+    variance = terms.var(0, correction=0)
+    chosen = terms * (trim(variance, density) > 0 if density < 1 else 1)
+    energy = chosen.square().mean((1, 2))
+    share = (energy / energy.sum())[:, None, None]
+    agree = (chosen.sign() == (share * chosen).sum(0).sign()) & (chosen != 0)
+    return (share * chosen * agree).sum(0) / (share * agree).sum(0).clamp(min=1e-12)
+
+
+def slerp(deltas: Tensor, weights: Tensor) -> Tensor:
+    t = float(weights[1] / weights.sum())
+    one, two = (d / d.norm() for d in deltas)
+    angle = torch.acos((one * two).sum())
+    return (torch.sin((1 - t) * angle) * deltas[0] + torch.sin(t * angle) * deltas[1]) / torch.sin(
+        angle
+    )
+
+
+def karcher(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Walk to where the weighted logarithms cancel, on the unit sphere of matrices."""
+    shares = weights / weights.sum()
+    norms = deltas.flatten(1).norm(dim=1)
+    points = deltas.flatten(1) / norms[:, None]
+    mean = shares @ points
+    mean = mean / mean.norm()
+    for _ in range(200):
+        angles = torch.acos((points @ mean).clamp(-1, 1))
+        logs = (points - angles.cos()[:, None] * mean) * (angles / angles.sin())[:, None]
+        step = shares @ logs
+        if step.norm() < 1e-14:
+            break
+        mean = step.norm().cos() * mean + step.norm().sin() * step / step.norm()
+    return (mean * (shares @ norms)).view_as(deltas[0])
+
+
+def model_stock(deltas: Tensor, weights: Tensor) -> Tensor:
+    terms = weighed(deltas, weights).flatten(1)
+    count = len(terms)
+    cosines = [
+        torch.cosine_similarity(terms[i], terms[j], dim=0)
+        for i in range(count)
+        for j in range(count)
+        if i != j
+    ]
+    c = torch.stack(cosines).mean().clamp(min=0)
+    t = count * c / (1 + (count - 1) * c)
+    return (t * terms.mean(0)).view_as(deltas[0])
+
+
+def tsv_m(deltas: Tensor, weights: Tensor, ranks: list[int]) -> Tensor:
+    parts = []
+    for d, rank in zip(weighed(deltas, weights), ranks, strict=True):
+        u, s, vt = torch.linalg.svd(d, full_matrices=False)
+        parts.append((u[:, :rank], s[:rank], vt[:rank]))
+
+    def orthogonal(x: Tensor) -> Tensor:
+        p, _, qt = torch.linalg.svd(x, full_matrices=False)
+        return p @ qt
+
+    u = orthogonal(torch.cat([p[0] for p in parts], 1))
+    v = orthogonal(torch.cat([p[2] for p in parts], 0))
+    return u @ torch.diag(torch.cat([p[1] for p in parts])) @ v
+
+
+def iso_c(deltas: Tensor, weights: Tensor, rank: int) -> Tensor:
+    u, s, vt = torch.linalg.svd(weighed(deltas, weights).sum(0), full_matrices=False)
+    return s[:rank].mean() * u[:, :rank] @ vt[:rank]
+
+
+def core_ties(pairs: list[tuple[Tensor, Tensor]], weights: Tensor, density: float) -> Tensor:
+    """Core space: coordinates in the singular bases of all B's and all A's."""
+    u = torch.linalg.svd(torch.cat([b for b, _ in pairs], 1), full_matrices=False).U
+    vt = torch.linalg.svd(torch.cat([a for _, a in pairs], 0), full_matrices=False).Vh
+    cores = torch.stack([u.T @ b @ a @ vt.T for b, a in pairs])
+    return u @ ties(cores, weights, density) @ vt
+
+
+def knots_ties(deltas: Tensor, weights: Tensor, density: float, rank: int) -> Tensor:
+    """KnOTS: align by the SVD of all updates side by side, merge the right parts."""
+    width = deltas.shape[2]
+    u, s, vt = torch.linalg.svd(torch.cat(list(deltas), 1), full_matrices=False)
+    right = s[:rank, None] * vt[:rank]
+    parts = torch.stack([right[:, k * width : (k + 1) * width] for k in range(len(deltas))])
+    return u[:, :rank] @ ties(parts, weights, density)
