@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,13 +37,20 @@ def merge(
     seed: Annotated[int, Option(help="Of methods that drop at random.")] = 0,
     rank: Annotated[int | None, Option(help="Compress to this rank.")] = None,
     energy: Annotated[float | None, Option(help="Compress, keeping this share.")] = None,
+    into: Annotated[str | None, Option(help="Write this base with the mix in its weights.")] = None,
+    shard_size: Annotated[str | None, Option(help="Files of at most this, such as 5GB.")] = None,
     replace: Annotated[bool, Option("--replace", help="Replace what is there.")] = False,
 ) -> None:
-    """Merge a mix into one adapter, exactly, from the adapters' own files."""
+    """Merge a mix into one adapter, or with --into into a copy of the base; exactly."""
     hush()
     wanted = _mix(mix, where)
     if output.exists() and not replace:
         raise BadRequest(f"{output} exists; give another folder, or --replace.")
+    if into is None and shard_size is not None:
+        raise BadRequest("An adapter is one file; --shard-size is for a merge --into a base.")
+    if into is not None and (rank is not None or energy is not None):
+        raise BadRequest("A base takes the whole update; --rank and --energy are for adapters.")
+    shard_bytes = None if shard_size is None else _bytes(shard_size)
     from loramix.merge.core import Size
     from loramix.merge.fold import merge_adapters
     from loramix.merge.recipe import Recipe, settings_of
@@ -51,9 +59,21 @@ def merge(
     size = Size(rank, energy)
     with notice(f"Merging {wanted} ..."):
         adapters = {name: where.shelf.load(name) for name in wanted}
-        merged = merge_adapters(adapters, recipe, size, name=output.name)
-        merged.save(output, replace=replace)
-    typer.echo(_told(merged, output))
+        if into is None:
+            merged = merge_adapters(adapters, recipe, size, name=output.name)
+            merged.save(output, replace=replace)
+            typer.echo(_told(merged, output))
+            return
+        from loramix.merge.stream import base_folder, merge_into
+
+        did = merge_into(
+            base_folder(into), adapters, recipe, output, shard_bytes=shard_bytes, replace=replace
+        )
+    resumed = f", {did.num_resumed} of them by an earlier run" if did.num_resumed else ""
+    typer.echo(
+        f"Merged {wanted} by {method} into {output}: {did.num_folded} of {did.num_tensors} tensors "
+        f"of {into} changed{resumed}. Rows read back are within {did.worst:.2f} of the last place."
+    )
 
 
 def _mix(mix: str, where: Where) -> Mix:
@@ -62,6 +82,14 @@ def _mix(mix: str, where: Where) -> Mix:
         raise BadRequest("A merge is of one mix; name adapters, as in sql:0.5+support:0.5.")
     check_mix(mix, where.shelf)
     return Mix.parse(mix)
+
+
+def _bytes(text: str) -> int:
+    """A size such as 5GB, 500MB or a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip().upper())
+    if not found:
+        raise BadRequest(f"Cannot read the size {text!r}; expected something like 5GB or 500MB.")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
 
 
 def _told(merged: Merged, output: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from loramix.errors import AdapterError
@@ -17,8 +18,8 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and ".." not in text and not text.startswith(".")
 
 
-def fetch(id: str, revision: str | None = None) -> Path:
-    """The local folder of an adapter's repository, downloaded if it is not cached.
+def fetch(id: str, revision: str | None = None, *, files: Sequence[str] = FILES) -> Path:
+    """The local folder of a repository's `files` (an adapter's), downloaded if not cached.
 
     HF_TOKEN opens gated and private repositories, HF_HUB_OFFLINE keeps to what is cached.
     Raises AdapterError.
@@ -32,7 +33,7 @@ def fetch(id: str, revision: str | None = None) -> Path:
         raise AdapterError(f"{id!r} is no hub id; expected owner/name, or a folder that exists.")
     at = f"{id} at {revision}" if revision else id
     try:
-        return Path(snapshot_download(id, revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(id, revision=revision, allow_patterns=list(files)))
     except errors.GatedRepoError as error:
         message = (
             f"{id} is gated: accept its terms on the hub and set HF_TOKEN to a token that may."

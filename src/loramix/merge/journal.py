@@ -1,0 +1,105 @@
+"""The folder a merge is written in until it is whole, and its journal.
+
+    .OUT.part/journal.jsonl    {"key": ...}  {"tensor": ..., "sha256": ...}  ...
+
+A merge that was killed is taken up by the same merge started again: what the journal says was
+written is trusted after its bytes gave the same hash again, the rest is written anew. `OUT` appears
+by a rename, when everything is in it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+from uuid import uuid4
+
+from loramix.errors import MergeError
+
+JOURNAL = "journal.jsonl"
+CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """A folder being written: `done` are the tensors that were, by an earlier run."""
+
+    folder: Path
+    done: dict[str, str]  # sha256 by name
+    journal: IO[str]
+
+    def record(self, name: str, sha256: str) -> None:
+        """Remember that a tensor's bytes are in their file."""
+        self.journal.write(json.dumps({"tensor": name, "sha256": sha256}) + "\n")
+        self.journal.flush()
+
+
+@contextmanager
+def staging(out: Path, key: str, *, replace: bool = False) -> Iterator[Staging]:
+    """Write `out` aside; if the block ends well it is renamed there, else it stays to be resumed.
+
+    `key` says what is being made: the parts of another merge are deleted. Raises MergeError if
+    `out` is there already, or another process is writing it.
+    """
+    if out.exists() and not replace:
+        raise MergeError(f"{out} exists; give another folder, or ask for it to be replaced.")
+    folder = part_of(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / JOURNAL).open("a+", encoding="utf-8") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise MergeError(f"{out} is being written by another process; wait for it.") from error
+        done = _read(journal, key)
+        if done is None:
+            _empty(folder)
+            journal.truncate(0)
+            journal.write(json.dumps({"key": key}) + "\n")
+            journal.flush()
+        yield Staging(folder, done or {}, journal)
+        (folder / JOURNAL).unlink()
+        old = out.parent / f".{out.name}.old-{uuid4().hex[:8]}"
+        if out.exists():
+            out.rename(old)
+        folder.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def part_of(out: Path) -> Path:
+    """Where `out` is written until it is whole."""
+    return out.parent / f".{out.name}.part"
+
+
+def sha256_of(file: int, offset: int, size: int) -> str:
+    """The hash of a range of a file."""
+    state = hashlib.sha256()
+    while size > 0:
+        chunk = os.pread(file, min(CHUNK, size), offset)
+        if not chunk:
+            return ""
+        state.update(chunk)
+        offset, size = offset + len(chunk), size - len(chunk)
+    return state.hexdigest()
+
+
+def _read(journal: IO[str], key: str) -> dict[str, str] | None:
+    """What an earlier run of the same merge wrote; None if there was none."""
+    journal.seek(0)
+    lines = [line for line in journal if line.endswith("\n")]  # a last one may be cut off
+    if not lines or json.loads(lines[0]) != {"key": key}:
+        return None
+    entries = [json.loads(line) for line in lines[1:]]
+    return {entry["tensor"]: entry["sha256"] for entry in entries}
+
+
+def _empty(folder: Path) -> None:
+    for child in folder.iterdir():
+        if child.name != JOURNAL:
+            child.unlink()

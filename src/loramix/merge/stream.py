@@ -1,0 +1,242 @@
+"""A mix inside a copy of its base: streamed by blocks of rows, rounded once, never loaded.
+
+    base files --read ahead--> rows in float32 + sum of updates --rounded--> written and hashed
+
+Memory is a few blocks, whatever the size of the model. Files keep their names, headers and offsets
+(or get new ones, with `shard_bytes`); tensors without an update are copied by the kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loramix.adapter import Adapter
+from loramix.base import POCKET
+from loramix.errors import MergeError
+from loramix.formats.hub import fetch, is_hub_id
+from loramix.lora import Pair
+from loramix.merge.checkpoint import Checkpoint, Stored, open_checkpoint
+from loramix.merge.files import Layout, copy_rest, kept_layout, new_layout, write_index
+from loramix.merge.fold import check_alike, write_recipe
+from loramix.merge.journal import Staging, part_of, sha256_of, staging
+from loramix.merge.pipe import Pipe, write_all
+from loramix.merge.places import Place, places
+from loramix.merge.recipe import Recipe
+from loramix.merge.registry import Outcome
+from loramix.merge.rows import BLOCK, Rows, View
+
+MARGIN = 64 << 20  # bytes left free on the disk
+
+
+@dataclass(frozen=True, slots=True)
+class Into:
+    """What a merge into a base did."""
+
+    folder: Path
+    num_folded: int  # tensors
+    num_tensors: int
+    num_resumed: int  # that an earlier run had written
+    size_bytes: int
+    worst: float  # largest error of a row read back, in units of the last place: 0.5 is the optimum
+
+
+def merge_into(
+    base: str | Path,
+    adapters: Mapping[str, Adapter],
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    shard_bytes: int | None = None,
+    replace: bool = False,
+) -> Into:
+    """Write a copy of the base with the recipe's merged update in its weights.
+
+    All updates are added in float32 and rounded once. A run that was killed is resumed by the same
+    call. Raises BaseError, BaseMismatch, MergeError; `out` is then not there, or as it was.
+    """
+    checkpoint, out = open_checkpoint(base), Path(out)
+    sources = {name: adapters[name] for name in recipe.mix}
+    check_alike(sources.values())
+    placed = places(sources.values(), checkpoint)
+    recipe.check_places(placed)
+    layout = kept_layout(checkpoint) if shard_bytes is None else new_layout(checkpoint, shard_bytes)
+    check_disk(out, layout.size_bytes)
+    key = _key(checkpoint, sources, recipe, shard_bytes)
+    with staging(out, key, replace=replace) as aside, torch.inference_mode():
+        fold = Fold(sources, recipe, placed)
+        resumed = _resumable(aside, layout)
+        hashes, worst = _write(aside, layout, fold, resumed)
+        copy_rest(checkpoint, aside.folder)
+        if len(layout.headers) > 1:
+            write_index(aside.folder, layout)
+        write_recipe(
+            aside.folder, recipe, sources, tensors=hashes, base=str(checkpoint.folder.name)
+        )
+    folded = {place.stored.name for place in placed.values()}
+    return Into(out, len(folded), len(layout.slots), len(resumed), layout.size_bytes, worst)
+
+
+def base_folder(base: str) -> Path:
+    """Where the files of a base are: a folder, "pocket", or a hub id that is fetched if need be."""
+    if base == "pocket":
+        return POCKET / "base"
+    if Path(base).is_dir() or not is_hub_id(base):
+        return Path(base)
+    return fetch(base, files=("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"))
+
+
+class Fold:
+    """The merged update of each layer, made when its tensor's turn comes and dropped after it."""
+
+    def __init__(
+        self, adapters: Mapping[str, Adapter], recipe: Recipe, placed: Mapping[str, Place]
+    ) -> None:
+        self.adapters, self.recipe = adapters, recipe
+        self.by_tensor: dict[str, list[Place]] = {}
+        for place in sorted(placed.values(), key=lambda place: place.start):
+            self.by_tensor.setdefault(place.stored.name, []).append(place)
+        self._made: tuple[str, Outcome, View | None] | None = None
+
+    def touches(self, stored: Stored) -> bool:
+        return stored.name in self.by_tensor
+
+    def blocks(self, stored: Stored) -> Iterator[tuple[int, int]]:
+        """Rows to fold at a time: as the methods look at them, and never of two layers."""
+        step = max(1, BLOCK // stored.shape[1])
+        end = 0
+        for place in self.by_tensor[stored.name]:
+            if place.transposed:
+                step = stored.shape[0]
+            yield from _steps(end, place.start, step)
+            yield from _steps(place.start, place.stop, step)
+            end = place.stop
+        yield from _steps(end, stored.shape[0], step)
+
+    def add(self, stored: Stored, start: int, rows: Tensor) -> None:
+        """Add the merged update to rows [N, D] of the base in float32, in place."""
+        place = self._place(stored, start)
+        if place is None:
+            return
+        outcome, view = self._outcome(place)
+        _add(rows.T if place.transposed else rows, start - place.start, outcome, view)
+
+    def exact(self, stored: Stored, start: int, rows: Tensor) -> Tensor | None:
+        """The first two rows of a block once more, in float64; None where there are no factors."""
+        place = self._place(stored, start)
+        outcome, _ = self._outcome(place) if place else (None, None)
+        if place is None:
+            return rows.double()
+        if not isinstance(outcome, Pair) or outcome.magnitude is not None:
+            return None
+        at = slice(start - place.start, start - place.start + len(rows))
+        a, b = outcome.a.double(), outcome.b.double()
+        return rows.double() + (a[:, at].T @ b.T if place.transposed else b[at] @ a)
+
+    def _place(self, stored: Stored, start: int) -> Place | None:
+        """Of the layer that owns a row."""
+        here = (p for p in self.by_tensor[stored.name] if p.start <= start < p.stop)
+        return next(here, None)
+
+    def _outcome(self, place: Place) -> tuple[Outcome, View | None]:
+        """The merged update of a layer, and its view if it comes by rows; kept until the next."""
+        if self._made is None or self._made[0] != place.layer:
+            updates = self.recipe.updates(
+                place.layer, self.adapters, lambda i, j: _base(place, i, j)
+            )
+            outcome = self.recipe.merged(updates)
+            view = None if isinstance(outcome, Pair) else updates.view()
+            self._made = place.layer, outcome, view
+        return self._made[1], self._made[2]
+
+
+def check_disk(out: Path, size_bytes: int) -> None:
+    """MergeError if the copy does not fit beside what is there."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    part = part_of(out)
+    there = sum(f.stat().st_blocks * 512 for f in part.iterdir()) if part.is_dir() else 0
+    free = shutil.disk_usage(place).free + there
+    if free < size_bytes + MARGIN:
+        raise MergeError(
+            f"{place} has {free / 1e9:.1f} GB free and the merged model needs "
+            f"{(size_bytes + MARGIN) / 1e9:.1f} GB; make room, or give another folder."
+        )
+
+
+def _write(
+    aside: Staging, layout: Layout, fold: Fold, resumed: Mapping[str, str]
+) -> tuple[dict[str, str], float]:
+    """Every tensor's bytes: their hashes by name, and the largest error of a row read back."""
+    with ExitStack() as files:
+        opened: dict[str, int] = {}
+        for name, header in layout.headers.items():
+            file = opened[name] = os.open(aside.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+            files.callback(os.close, file)
+            os.ftruncate(file, layout.size_of(name))
+            write_all(file, memoryview(header), 0)
+        todo = [slot for slot in layout.slots if slot.stored.name not in resumed]
+        pipe = files.enter_context(Pipe(aside, fold, opened))
+        pipe.run(todo)
+        hashes = dict(resumed) | pipe.hashes
+        return {slot.stored.name: hashes[slot.stored.name] for slot in layout.slots}, pipe.worst
+
+
+def _add(rows: Tensor, start: int, outcome: Outcome, view: View | None) -> None:
+    """Add rows `start` ... of the merged update to those of the base, in place."""
+    stop = start + len(rows)
+    if not isinstance(outcome, Pair):
+        assert view is not None
+        rows.add_(outcome(Rows(view.read(start, stop), start)))
+    elif outcome.magnitude is None:
+        rows.addmm_(outcome.b[start:stop], outcome.a)
+    else:
+        some = Pair(outcome.a, outcome.b[start:stop], outcome.magnitude[start:stop])
+        rows.add_(some.delta(rows))
+
+
+def _base(place: Place, start: int, stop: int) -> Tensor:
+    """Rows of the pristine base as the layer sees them, float32."""
+    if place.transposed:
+        return place.stored.rows(0, place.stored.shape[0]).T[start:stop].float()
+    return place.stored.rows(place.start + start, place.start + stop).float()
+
+
+def _resumable(aside: Staging, layout: Layout) -> dict[str, str]:
+    """The tensors that an earlier run wrote, if their bytes are still what it hashed."""
+    found = {}
+    for slot in layout.slots:
+        wanted = aside.done.get(slot.stored.name)
+        file = aside.folder / slot.file
+        if not wanted or not file.exists():
+            continue
+        with file.open("rb") as stream:
+            if sha256_of(stream.fileno(), slot.offset, slot.stored.size_bytes) == wanted:
+                found[slot.stored.name] = wanted
+    return found
+
+
+def _key(
+    checkpoint: Checkpoint, sources: Mapping[str, Adapter], recipe: Recipe, shard_bytes: int | None
+) -> str:
+    """What is being made of what: the same key, the same bytes."""
+    files = [
+        (shard.name, (checkpoint.folder / shard.name).stat().st_mtime_ns, shard.header.hex())
+        for shard in checkpoint.shards
+    ]
+    digests = {name: adapter.digest for name, adapter in sources.items()}
+    text = json.dumps([files, digests, recipe.describe(), shard_bytes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _steps(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    for begin in range(start, stop, step):
+        yield begin, min(begin + step, stop)
