@@ -13,13 +13,14 @@ from loramix.base import Base, open_base
 from loramix.chat import Example
 from loramix.formats import peft
 from loramix.library import Library
-from loramix.train.config import Settings
+from loramix.train.config import Run, Settings
 from loramix.train.data import Row, tokenise
+from loramix.train.learner import Course
 from loramix.train.loop import Progress, train
 from recipes.pocket.tasks import SOURCES, Task, load, renumbered, review_parts, thinned
 
 VALIDATION = 300  # rows taken from the end of a shuffle of the training rows, never the held-out
-COMMON = Settings(rank=32, rate=2e-3, batch_size=32, bf16=True, max_length=640)
+COMMON = Settings(rank=32, rate=2e-3, batch_size=32, max_length=640)
 SETTINGS = {
     "support": replace(COMMON, epochs=3),
     "banking": replace(COMMON, epochs=7),
@@ -63,14 +64,13 @@ def build(name: str, data: Path, pocket: Path) -> None:
     learned, validation = split(task, data)
     settings = SETTINGS[name]
     print(f"{name}: {len(learned)} rows, {len(validation)} to validate, {settings}", flush=True)
-    adapter = train(
-        base,
+    course = Course(
         card(task, base),
         to_rows(base, learned, settings),
         to_rows(base, validation, settings),
         settings,
-        report=lambda progress: show(name, progress),
     )
+    (adapter,) = train(base, [course], Run(bf16=True), report=show)
     pairs = {layer: pair.to(torch.bfloat16) for layer, pair in adapter.pairs.items()}
     library.put(replace(adapter, pairs=pairs, digest=peft.digest(pairs)))
 
@@ -104,11 +104,11 @@ def card(task: Task, base: Base) -> Card:
     )
 
 
-def show(name: str, progress: Progress) -> None:
+def show(progress: Progress) -> None:
     if progress.validation is not None or progress.step % 50 == 0:
         validation = "" if progress.validation is None else f" validation {progress.validation:.4f}"
         print(
-            f"{name} {progress.step}/{progress.num_steps} loss {progress.loss:.4f}{validation} "
-            f"{progress.tokens_per_s:.0f} tokens/s",
+            f"{progress.name} {progress.step}/{progress.num_steps} loss {progress.loss:.4f}"
+            f"{validation} {progress.tokens_per_s:.0f} tokens/s",
             flush=True,
         )

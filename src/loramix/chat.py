@@ -74,19 +74,36 @@ def prompt_ids(
     _require_mentioned(tokenizer, messages, told)
     if not tokenizer.chat_template:
         return list(tokenizer("\n\n".join(m.content for m in messages))["input_ids"])
+    return _rendered(tokenizer, messages, {**told, "add_generation_prompt": True})
+
+
+def answered_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The tokens of a conversation whose last message is the model's answer, its end included.
+
+    As `prompt_ids` otherwise.
+    """
+    told = dict(template or {})
+    _require_mentioned(tokenizer, messages, told)
+    if not tokenizer.chat_template:
+        answer = tokenizer(messages[-1].content, add_special_tokens=False)["input_ids"]
+        prompt = prompt_ids(tokenizer, messages[:-1]) if messages[:-1] else []
+        return [*prompt, *answer, tokenizer.eos_token_id]
+    return _rendered(tokenizer, messages, told)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], told: Mapping[str, Any]
+) -> list[int]:
     from jinja2 import TemplateError
 
+    turns = [_turn(message) for message in messages]
     try:
-        rendered: Any = tokenizer.apply_chat_template(
-            [_turn(message) for message in messages],
-            add_generation_prompt=True,
-            return_dict=True,
-            **told,
-        )
-    except (
-        TemplateError,
-        TypeError,
-    ) as error:  # how a template refuses a system turn or an order of turns
+        rendered: Any = tokenizer.apply_chat_template(turns, return_dict=True, **told)
+    except (TemplateError, TypeError) as error:  # how a template refuses a turn or their order
         raise BadRequest(
             f"The base's chat template refuses these messages ({error}); reorder or drop some."
         ) from error

@@ -50,9 +50,10 @@ class Gates:
     """Mixes of a forward pass: which adapters, and each row's weight for each of them.
 
     They hold for all tokens, or for those of `span`: then the other tokens see none of these
-    adapters and do not pay for them. With `keep` the same adapters are expected in the next passes
-    too, so the layers keep copies of their factors in the form that is fastest; no gradient flows
-    then.
+    adapters and do not pay for them. With `part` they hold for some rows of the batch, and the
+    gates of a pass are those of its parts, in order and without a gap: so experts learn together.
+    With `keep` the same adapters are expected in the next passes too, so the layers keep copies of
+    their factors in the form that is fastest; no gradient flows then.
     """
 
     adapters: tuple[str, ...]  # K names
@@ -60,6 +61,7 @@ class Gates:
     dropout: float = 0.0  # share of the input that no adapter sees, while training
     span: tuple[int, int] | None = None  # first token and the one after the last
     keep: bool = False
+    part: tuple[int, int] | None = None  # first row and the one after the last
 
     def rows(self, x: Tensor) -> Tensor:
         """The tokens of x [.., T, D] that these gates hold for, as a view."""
@@ -193,6 +195,8 @@ class MixedLinear(nn.Module):
         y: Tensor = self.base(x)
         if not self.active.gates or not self.bound:
             return y
+        if self.active.gates[0].part:
+            return y + self._by_part(x, y)
         wx = y.clone() if self._gained else y
         for n, gates in enumerate(self.active.gates):
             share = self.active.share(n, self, x) if gates.keep else self._fresh(gates, x)
@@ -204,6 +208,20 @@ class MixedLinear(nn.Module):
             else:
                 y = y + update
         return y
+
+    def _by_part(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the parts of the batch add to their W x; each pays for its own adapters alone."""
+        parts = [gates.part for gates in self.active.gates if gates.part]
+        by_row = (parts[-1][1], -1)
+        xs, ys = (t.view(*by_row, t.shape[-1]) if t.dim() == 2 else t for t in (x, y))
+        updates = []
+        for gates, (start, stop) in zip(self.active.gates, parts, strict=True):
+            rows, wx = xs[start:stop], ys[start:stop]
+            share = self._fresh(gates, rows)
+            updates.append(
+                torch.zeros_like(wx) if share is None else self._grown(*share, gates, wx)
+            )
+        return torch.cat(updates).view_as(y)
 
     def _fresh(self, gates: Gates, x: Tensor) -> Share | None:
         """(x A^T) * g of factors that nobody keeps, as in training; None if there are none."""

@@ -1,31 +1,65 @@
-"""What is trained is what is served: the same prompt, and only the answer is learned."""
-
-import random
+"""What is trained is what is served: the same prompt, and only the answers are learned."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from loramix.chat import Example, prompt_ids
+from loramix.chat import Example, Message, prompt_ids
 from loramix.errors import TrainError
-from loramix.train.data import IGNORED, Row, batches, collate, tokenise
+from loramix.train.data import Row, preview, tokenise
 from tests.tiny import tiny_tokenizer
 
-ROWS = st.lists(
-    st.tuples(st.integers(1, 9), st.integers(1, 9)).map(
-        lambda size: Row(tuple(range(1, 1 + sum(size))), size[0])
-    ),
-    min_size=1,
-    max_size=70,
+TURNS = Example(
+    (
+        Message("system", "be brief"),
+        Message("user", "one"),
+        Message("assistant", "two"),
+        Message("user", "three"),
+        Message("assistant", "four"),
+    )
 )
+
+
+def said(tokenizer, row):
+    return [text for text, learned in preview(tokenizer, row) if learned]
 
 
 def test_a_row_is_the_served_prompt_then_the_answer_and_its_end():
     tokenizer = tiny_tokenizer()
     example = Example.of("the question", "an answer")
     row = tokenise(tokenizer, example, 64)
-    assert list(row.ids[: row.answer_at]) == prompt_ids(tokenizer, example.messages[:-1])
-    assert tokenizer.decode(row.ids[row.answer_at :]) == "an answer</s>"
+    ((start, stop),) = row.learned
+    assert list(row.ids[:start]) == prompt_ids(tokenizer, example.messages[:-1])
+    assert tokenizer.decode(row.ids[start:stop]) == "an answer</s>"
+
+
+def test_every_answer_of_a_conversation_is_learned_and_nothing_else():
+    tokenizer = tiny_tokenizer()
+    row = tokenise(tokenizer, TURNS, 99)
+    assert said(tokenizer, row) == ["two</s>", "four</s>"]
+    assert "".join(text for text, _ in preview(tokenizer, row)) == tokenizer.decode(row.ids)
+    last = tokenise(tokenizer, TURNS, 99, learned="last answer")
+    assert said(tokenizer, last) == ["four</s>"]
+    everything = tokenise(tokenizer, TURNS, 99, learned="all")
+    assert everything.num_learned == len(everything.ids) - 1
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused_unless_only_the_last_is_learned():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role != 'assistant' or loop.last %}{{ m.content }}{% endif %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    with pytest.raises(TrainError, match="mask_history"):
+        tokenise(tokenizer, TURNS, 99)
+    row = tokenise(tokenizer, TURNS, 99, learned="last answer")
+    assert said(tokenizer, row) == ["four</s>"]
+
+
+def test_plain_text_is_learned_whole():
+    tokenizer = tiny_tokenizer()
+    row = tokenise(tokenizer, Example((Message("assistant", "a plain text"),)), 64)
+    assert tokenizer.decode(row.ids) == "a plain text</s>"
+    assert row.num_learned == len(row.ids) - 1
 
 
 def test_without_a_chat_template_the_answer_follows_the_text_and_ends():
@@ -33,6 +67,17 @@ def test_without_a_chat_template_the_answer_follows_the_text_and_ends():
     tokenizer.chat_template = None
     row = tokenise(tokenizer, Example.of("the question ", "an answer"), 64)
     assert tokenizer.decode(row.ids) == "the question an answer</s>"
+    assert said(tokenizer, row) == ["an answer</s>"]
+
+
+def test_truncation_cuts_the_end_and_keeps_something_to_learn():
+    tokenizer = tiny_tokenizer()
+    example = Example.of("q", "a" * 99)
+    row = tokenise(tokenizer, example, 64, truncate=True)
+    assert len(row.ids) == 64
+    assert row.learned == ((4, 64),)
+    with pytest.raises(TrainError, match="alone fills max_length 4"):
+        tokenise(tokenizer, example, 4, truncate=True)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +87,7 @@ def test_without_a_chat_template_the_answer_follows_the_text_and_ends():
         (Example.of("q", "a" * 99), None, "max_length"),
         (Example.of("q", "a"), "{{ messages | length }}", "changes the prompt"),
         (Example.of("", "a"), "{% for m in messages %}{{ m.content }}{% endfor %}", "empty prompt"),
+        (TURNS, "{{ raise_exception('no system turns') }}", "no system turns"),
     ],
 )
 def test_a_row_that_would_teach_something_else_is_refused(example, template, expected):
@@ -52,26 +98,5 @@ def test_a_row_that_would_teach_something_else_is_refused(example, template, exp
         tokenise(tokenizer, example, 64)
 
 
-def test_rows_end_together_and_only_answers_are_labelled():
-    batch = collate([Row((5, 6, 7, 8), 2), Row((9, 10), 1)])
-    assert batch.ids.tolist() == [[5, 6, 7, 8], [0, 0, 9, 10]]
-    assert batch.mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    assert batch.labels.tolist() == [[7, 8], [IGNORED, 10]]
-
-
-@given(ROWS, st.integers(1, 8), st.integers(0, 99))
-def test_an_epoch_has_every_row_once(rows, size, seed):
-    found = []
-    for batch in batches(rows, size, random.Random(seed)):
-        assert len(batch.ids) <= size
-        found += batch.mask.sum(1).tolist()
-    assert sorted(found) == sorted(len(row.ids) for row in rows)
-
-
-def test_the_same_seed_gives_the_same_order():
-    rows = [Row(tuple(range(2, 4 + n % 5)), 1) for n in range(40)]
-    first, second = (
-        [batch.ids.tolist() for batch in batches(rows, 4, random.Random(7))] for _ in range(2)
-    )
-    assert first == second
+def test_a_row_counts_what_it_teaches():
+    assert Row((1, 2, 3, 4, 5), ((1, 2), (3, 5))).num_learned == 3

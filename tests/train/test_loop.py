@@ -1,4 +1,4 @@
-"""An expert learns through the layers that serve it, with the gradients PEFT would give."""
+"""Experts learned together are the experts learned alone, with the gradients PEFT would give."""
 
 import dataclasses
 import math
@@ -8,61 +8,156 @@ import pytest
 import torch
 
 from loramix.adapter import Adapter, Card
-from loramix.chat import Example
 from loramix.errors import TrainError
 from loramix.formats import peft
-from loramix.lora import Pair
-from loramix.mixed import MixedModel, linear_shapes
-from loramix.train.config import Settings
-from loramix.train.data import IGNORED, collate, tokenise
-from loramix.train.loop import answer_loss, new_pairs, train, validation_loss
-from tests.tiny import tiny_base
+from loramix.mixed import Gates, MixedModel
+from loramix.train.batches import IGNORED, collate
+from loramix.train.config import Run, Settings
+from loramix.train.forward import losses
+from loramix.train.learner import Course, Learner
+from loramix.train.loop import gradients, train, validation_loss
+from loramix.train.start import fresh_pairs
+from tests.tiny import ARCHITECTURES, tiny_base
+from tests.train.small import COLOURS, SETTINGS, SOUNDS, course, rows_of
 
-COLOURS = {"the sky": "blue", "the grass": "green", "the snow": "white", "the coal": "black"}
-SETTINGS = Settings(rank=4, rate=3e-2, epochs=30, batch_size=2, max_length=64)
+VARIANTS = {
+    "plain": {},
+    "rslora": {"rslora": True, "alpha": 3.0},
+    "dora": {"dora": True},
+    "pissa": {"start": "pissa"},
+    "olora": {"start": "olora"},
+    "narrow": {"targets": ("q_proj", "down_proj"), "rank": 7},
+}
 
 
-def rows_of(base):
-    return [tokenise(base.tokenizer, Example.of(*pair), 64) for pair in COLOURS.items()]
+def change(**values):
+    return dataclasses.replace(SETTINGS, **values)
+
+
+def shaken(learner):
+    """Factors as they are some way into the training: b is no longer zero."""
+    generator = torch.Generator().manual_seed(7)
+    for weight in learner.weights.values():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    learner.bind()
+    return learner
 
 
 def test_an_expert_learns_its_rows_and_the_base_is_given_back():
-    base = tiny_base()
+    base, seen = tiny_base(), []
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    rows, seen = rows_of(base), []
-    expert = train(base, Card("colours"), rows, rows, SETTINGS, report=seen.append)
+    one = course(base, "colours", settings=change(rate=3e-2, epochs=30))
+    (expert,) = train(base, [one], report=seen.append)
     assert seen[-1].validation < seen[0].loss / 3  # the frozen output layer bounds it from below
     after = base.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert expert.digest == peft.digest(expert.pairs)
+    best = min(p.validation for p in seen if p.validation is not None)
+    assert served_loss(base, expert, one.validation) == pytest.approx(best, rel=1e-5)
+
+
+def served_loss(base, expert, rows):
+    """Nats per answer token under the finished adapter, as the engine would apply it."""
     mixed = MixedModel(base.model)
     mixed.bind(expert)
-    served = validation_loss(mixed, "colours", rows, SETTINGS)
-    assert served == pytest.approx(min(p.validation for p in seen if p.validation is not None))
+    total = 0.0
+    with torch.no_grad(), mixed.active.using(Gates((expert.name,), torch.ones(1, 1, 1))):
+        for row in rows:
+            total += losses(mixed, collate([row]))[0].item()
+    mixed.release()
+    return total / sum(row.num_learned for row in rows)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_fresh_expert_is_the_base_and_a_finished_one_is_served_as_it_was_learned(variant):
+    base, seen = tiny_base(), []
+    settings = change(epochs=2, **VARIANTS[variant])
+    one = course(base, "x", settings=settings)
+    bare = served_loss(base, Adapter("x", {}, "", Card("x")), one.validation)
+    mixed = MixedModel(base.model)
+    assert validation_loss(mixed, Learner(one, mixed)) == pytest.approx(bare, rel=1e-5)
+    mixed.release()
+    (expert,) = train(base, [one], report=seen.append)
+    best = min(p.validation for p in seen if p.validation is not None)
+    assert best < bare
+    assert served_loss(base, expert, one.validation) == pytest.approx(best, rel=1e-5)
+    doubled = settings.start != "default"
+    assert expert.rank == settings.rank * (2 if doubled else 1)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_one_pass_equal_those_of_each_expert_alone(checkpointing, packing):
+    base = tiny_base()
+    mixed = MixedModel(base.model)
+    learners = [
+        shaken(Learner(course(base, name, pairs, change(**VARIANTS[name])), mixed))
+        for name, pairs in zip(VARIANTS, (COLOURS, SOUNDS) * 3, strict=True)
+    ]
+    steps = [list(learner.course.rows) for learner in learners]
+    run = Run(checkpointing=checkpointing, packing=packing, micro_tokens=300)
+    together = gradients(mixed, learners, steps, run)
+    found = [{n: w.grad.clone() for n, w in one.weights.items()} for one in learners]
+    for learner, step, loss, grads in zip(learners, steps, together, found, strict=True):
+        learner.optimizer.zero_grad()
+        alone = gradients(mixed, [learner], [step], Run(micro_tokens=10_000))
+        assert alone[0] == pytest.approx(loss, rel=1e-5)
+        for name, weight in learner.weights.items():
+            torch.testing.assert_close(grads[name], weight.grad, rtol=1e-5, atol=1e-6)
+    mixed.release()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_learns_several_experts_at_once(architecture):
+    base = tiny_base(architecture)
+    both = [course(base, "a", COLOURS), course(base, "b", SOUNDS)]
+    mixed = MixedModel(base.model)
+    learners = [shaken(Learner(one, mixed)) for one in both]
+    steps = [learner.rows() for learner in learners]
+    gradients(mixed, learners, steps, Run())
+    found = [{n: w.grad.clone() for n, w in one.weights.items()} for one in learners]
+    for learner, step, grads in zip(learners, steps, found, strict=True):
+        learner.optimizer.zero_grad()
+        gradients(mixed, [learner], [step], Run(checkpointing=True))
+        for name, weight in learner.weights.items():
+            torch.testing.assert_close(grads[name], weight.grad, rtol=1e-5, atol=1e-6)
+    mixed.release()
+
+
+def test_adding_an_expert_does_not_change_another():
+    base = tiny_base()
+    first = course(base, "first", COLOURS, change(epochs=6))
+    others = [
+        course(base, "second", SOUNDS, change(rank=9, epochs=2, seed=3)),
+        course(base, "third", SOUNDS, change(targets=("q_proj",), rate=3e-2)),
+    ]
+    alone, together = [], []
+    (one,) = train(base, [first], report=alone.append)
+    three = train(base, [*others, first], report=together.append)
+    own = [p for p in together if p.name == "first"]
+    assert [p.step for p in own] == [p.step for p in alone] == list(range(1, 13))
+    for mine, yours in zip(alone, own, strict=True):
+        assert mine.loss == pytest.approx(yours.loss, abs=1e-4)
+        if mine.validation is not None:
+            assert mine.validation == pytest.approx(yours.validation, abs=1e-4)
+    for layer, pair in one.pairs.items():
+        torch.testing.assert_close(pair.b, three[2].pairs[layer].b, rtol=1e-3, atol=1e-5)
 
 
 def test_the_same_seed_learns_the_same_expert():
-    experts = [
-        train(
-            base, Card("x"), rows_of(base), rows_of(base), dataclasses.replace(SETTINGS, epochs=2)
-        )
-        for base in (tiny_base(), tiny_base())
-    ]
+    experts = [train(base, [course(base, "x")])[0] for base in (tiny_base(), tiny_base())]
     for layer, pair in experts[0].pairs.items():
         assert torch.equal(pair.b, experts[1].pairs[layer].b)
 
 
-def test_the_validation_loss_is_the_mean_over_all_answer_tokens():
-    base = tiny_base()
-    rows = rows_of(base)
-    mixed = MixedModel(base.model)
-    mixed.bind(Adapter("x", new_pairs(linear_shapes(base.model), 2), "d", Card("x")))
-    one_by_one = [
-        (answer_loss(mixed, "x", collate([row]), SETTINGS).item(), row.num_learned) for row in rows
-    ]
-    expected = sum(loss * n for loss, n in one_by_one) / sum(n for _, n in one_by_one)
-    assert validation_loss(mixed, "x", rows, SETTINGS) == pytest.approx(expected, rel=1e-5)
+def test_an_expert_that_gets_no_better_stops_and_leaves_its_rows_to_the_others():
+    base, seen = tiny_base(), []
+    wild = change(rate=0.5, epochs=40, patience=2, max_norm=math.inf)
+    train(base, [course(base, "wild", settings=wild), course(base, "calm")], report=seen.append)
+    steps = {p.name: p.step for p in seen}
+    assert steps["wild"] < 80
+    assert steps["calm"] == 6
 
 
 def test_gradients_equal_pefts():
@@ -71,52 +166,49 @@ def test_gradients_equal_pefts():
         from peft import LoraConfig, get_peft_model
 
     base, twin = tiny_base(), tiny_base()
-    batch = collate(rows_of(base))
-    pairs = new_pairs(linear_shapes(base.model), 3)
-    for pair in pairs.values():
-        torch.nn.init.normal_(pair.b, std=0.1)
+    rows = rows_of(base)
     mixed = MixedModel(base.model)
-    mixed.bind(Adapter("x", pairs, "d", Card("x")))
-    answer_loss(mixed, "x", batch, SETTINGS).backward()
-
-    config = LoraConfig(r=3, lora_alpha=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    one = Course(Card("x"), rows, (), change(rank=3, alpha=7.0, rslora=True))
+    learner = shaken(Learner(one, mixed))
+    gradients(mixed, [learner], [rows], Run())
+    config = LoraConfig(
+        r=3, lora_alpha=7, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft = get_peft_model(twin.model, config)
-    for name, layer in peft.base_model.model.named_modules():
-        if name in pairs:
-            layer.lora_A["default"].weight.data = pairs[name].a.detach().clone()
-            layer.lora_B["default"].weight.data = pairs[name].b.detach().clone()
+        other = get_peft_model(twin.model, config)
+    layers = {n: m for n, m in other.base_model.model.named_modules() if n in learner.start}
+    for name, layer in layers.items():
+        layer.lora_A["default"].weight.data = learner.weights[f"{name}.a"].detach().clone()
+        layer.lora_B["default"].weight.data = learner.weights[f"{name}.b"].detach().clone()
+    batch = collate(rows)
     labels = torch.full_like(batch.ids, IGNORED)
-    labels[:, -batch.num_last :] = batch.labels
-    peft(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        labels=labels,
-    ).loss.backward()
-    for name, layer in peft.base_model.model.named_modules():
-        if name in pairs:
-            torch.testing.assert_close(
-                pairs[name].a.grad, layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6
-            )
-            torch.testing.assert_close(
-                pairs[name].b.grad, layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-6
-            )
+    labels[:, 1:] = batch.labels[:, :-1]
+    other(input_ids=batch.ids, position_ids=batch.positions, labels=labels).loss.backward()
+    for name, layer in layers.items():
+        for part, theirs in (("a", layer.lora_A), ("b", layer.lora_B)):
+            ours = learner.weights[f"{name}.{part}"].grad
+            torch.testing.assert_close(ours, theirs["default"].weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_fresh_expert_is_the_base():
-    pairs = new_pairs({"layer": (6, 4), "lm_head": (9, 4)}, 2)
-    assert pairs.keys() == {"layer"}
-    assert not pairs["layer"].delta().any()
-    assert isinstance(pairs["layer"], Pair)
+def test_packed_rows_do_not_see_each_other():
+    base = tiny_base()
+    mixed = MixedModel(base.model)
+    learner = shaken(Learner(course(base, "x", SOUNDS), mixed))
+    apart = gradients(mixed, [learner], [learner.course.rows], Run())
+    packed = gradients(mixed, [learner], [learner.course.rows], Run(packing=True))
+    assert packed[0] == pytest.approx(apart[0], rel=1e-6)
 
 
 def test_pairs_lie_where_the_base_does_so_that_layers_learn_them_and_no_copy():
-    pair = new_pairs({"layer": (5, 7)}, 2, "meta")["layer"]
+    model = tiny_base().model.to("meta")
+    pair = fresh_pairs(model, ("q_proj",), 2)["model.layers.0.self_attn.q_proj"]
     assert (pair.a.device.type, pair.b.device.type) == ("meta", "meta")
-    assert pair.a.is_leaf
-    assert pair.b.is_leaf
+
+
+def test_a_target_that_names_no_layer_is_refused():
+    with pytest.raises(TrainError, match="'query'; expected all-linear or some of down_proj"):
+        fresh_pairs(tiny_base().model, ("q_proj", "query"), 2)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +216,7 @@ def test_pairs_lie_where_the_base_does_so_that_layers_learn_them_and_no_copy():
     [
         *({"rank": 0}, {"rate": -1}, {"epochs": 0}, {"epochs": math.nan}, {"batch_size": 0}),
         *({"dropout": 1.0}, {"warmup": -1}, {"alpha": 0}, {"alpha": -8}, {"weight_decay": -1}),
+        *({"schedule": "cosin"}, {"optimizer": "adam"}, {"start": "eva"}, {"patience": 0}),
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong):
@@ -131,19 +224,49 @@ def test_settings_that_cannot_work_are_refused(wrong):
         Settings(**wrong)
 
 
-def test_alpha_is_a_rate():
-    assert Settings(rank=8, alpha=16, rate=1e-3).b_rate == pytest.approx(2e-3)
-    assert Settings(rank=8, rate=1e-3).b_rate == pytest.approx(2e-3)
-    assert Settings(rank=8, alpha=4, rate=1e-3).b_rate == pytest.approx(5e-4)
+def test_the_rate_rises_and_falls():
+    cosine = [change(warmup=2).rate_at(step, 10) / SETTINGS.rate for step in range(10)]
+    assert cosine[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert cosine[2:] == sorted(cosine[2:], reverse=True)
+    linear = change(warmup=0, schedule="linear")
+    assert [linear.rate_at(s, 4) / linear.rate for s in range(4)] == pytest.approx(
+        [1, 0.75, 0.5, 0.25]
+    )
+    assert change(warmup=0, schedule="constant").rate_at(9, 10) == SETTINGS.rate
 
 
 def test_nothing_to_learn_is_refused():
     with pytest.raises(TrainError, match="0 rows"):
-        train(tiny_base(), Card("x"), [], [], SETTINGS)
+        Course(Card("x"), [], [], SETTINGS)
+    with pytest.raises(TrainError, match="different names"):
+        train(tiny_base(), [])
 
 
 def test_a_loss_that_is_no_number_is_refused():
     base = tiny_base()
-    wild = dataclasses.replace(SETTINGS, rate=1e38)
-    with pytest.raises(TrainError, match="lower the rate"):
-        train(base, Card("x"), rows_of(base), rows_of(base), wild)
+    wild = change(rate=1e38)
+    with pytest.raises(TrainError, match="lower"):
+        train(base, [course(base, "x", settings=wild)])
+    assert type(base.model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_out_of_memory_halves_the_micro_batch_and_names_the_levers_at_last(monkeypatch):
+    base = tiny_base()
+    taken = []
+
+    def tight(mixed, learners, steps, run):
+        taken.append(run.micro_tokens)
+        if run.micro_tokens > 40:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return gradients(mixed, learners, steps, run)
+
+    monkeypatch.setattr("loramix.train.loop.gradients", tight)
+    train(base, [course(base, "x")], Run(micro_tokens=128))
+    assert taken[:4] == [128, 64, 32, 32]
+    monkeypatch.setattr("loramix.train.loop.gradients", full)
+    with pytest.raises(TrainError, match="gradient checkpointing, a shorter max length"):
+        train(base, [course(base, "x")], Run(micro_tokens=128))
+
+
+def full(mixed, learners, steps, run):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

@@ -1,47 +1,119 @@
-"""The settings of one expert's training."""
+"""The settings of one expert's training, and of the run that trains it with others."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from loramix.errors import TrainError
+
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+OPTIMIZERS = ("adamw", "sgd")
+STARTS = ("default", "pissa", "olora")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How an expert learns. Raises TrainError for a value that cannot work.
 
-    `alpha` has no place in a finished pair; here it says how much faster b learns than a. Under
-    Adam, training b with LoRA's scale alpha / rank in front of it and rate r is the same as
-    training the product with rate r * alpha / rank.
+    `alpha` has no place in a finished pair; while learning, LoRA's scale alpha / rank (rsLoRA:
+    alpha / sqrt(rank)) stands before the product, as in every other trainer.
     """
 
     rank: int = 16
     alpha: float | None = None  # None: 2 * rank
+    rslora: bool = False
+    dora: bool = False
+    targets: tuple[str, ...] = ("all-linear",)  # or names of layers: ("q_proj", "v_proj")
+    start: str = "default"  # or pissa, olora: the rank is then doubled when the expert is saved
     rate: float = 1e-3
+    b_ratio: float = 1.0  # LoRA+: how much faster b learns than a
+    schedule: str = "cosine"
+    warmup: float = 0.05  # below 1 a share of the steps, else their number
     epochs: float = 3
+    max_steps: int | None = None  # instead of epochs
     batch_size: int = 16  # rows of one optimizer step
-    warmup: float = 0.05  # share of the steps; then the rate falls to nothing along a cosine
-    dropout: float = 0.0  # share of each adapted layer's input that its pair does not see
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    max_norm: float = 1.0  # of the gradient, clipped
+    max_norm: float = 1.0  # of this expert's gradient, clipped; inf: never
+    dropout: float = 0.0  # share of each adapted layer's input that its pair does not see
+    validate_every: int | None = None  # steps; None: once an epoch
+    patience: int | None = None  # validations without a better one, after which it stops
+    keep_best: bool = True  # the state with the lowest validation loss, not the last one
     max_length: int = 1024  # tokens of a row
-    bf16: bool = False  # matrix products in bfloat16, weights and optimizer in float32
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rank", "rate", "epochs", "batch_size", "max_norm", "max_length"):
+        for name in ("rank", "rate", "b_ratio", "epochs", "batch_size", "max_length"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TrainError(f"{name} is {getattr(self, name)}; expected more than 0.")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise TrainError(f"alpha is {self.alpha}; expected more than 0.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise TrainError(f"weight_decay is {self.weight_decay}; expected at least 0.")
-        for name in ("warmup", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise TrainError(f"{name} is {getattr(self, name)}; expected 0 to below 1.")
+        for name in ("alpha", "max_steps", "max_norm", "validate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise TrainError(f"{name} is {value}; expected more than 0.")
+        for name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise TrainError(f"{name} is {getattr(self, name)}; expected at least 0.")
+        if not 0 <= self.dropout < 1:
+            raise TrainError(f"dropout is {self.dropout}; expected 0 to below 1.")
+        for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("start", STARTS)):
+            if getattr(self, name) not in known:
+                raise TrainError(f"{name} is {getattr(self, name)!r}; expected {', '.join(known)}.")
+        if self.dora and self.start != "default":
+            raise TrainError(f"DoRA cannot start from {self.start}; drop one of the two.")
 
     @property
-    def b_rate(self) -> float:
-        return self.rate * (2.0 if self.alpha is None else self.alpha / self.rank)
+    def scale(self) -> float:
+        """What stands before b @ a."""
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def num_steps(self, num_rows: int) -> int:
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil(self.epochs * self.steps_per_epoch(num_rows) - 1e-9))
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        return math.ceil(num_rows / self.batch_size)
+
+    def rate_at(self, step: int, num_steps: int) -> float:
+        """The rate of step 0, 1, ...: up to the full one, then down along the schedule."""
+        warmup = self.warmup * num_steps if self.warmup < 1 else self.warmup
+        if step < warmup:
+            return self.rate * (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, num_steps - warmup)
+        match self.schedule:
+            case "cosine":
+                return self.rate * 0.5 * (1 + math.cos(math.pi * done))
+            case "linear":
+                return self.rate * (1 - done)
+            case "inverse_sqrt":
+                return self.rate * math.sqrt(max(1.0, warmup) / max(1.0, step + 1))
+        return self.rate
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the experts of one pass share: how much of them is computed at once, and the folder.
+
+    A step's rows are computed in micro-batches; their size changes memory and speed, no result.
+    """
+
+    micro_tokens: int = 8192  # of a micro-batch, padding counted
+    micro_rows: int | None = None  # at most so many rows of one expert in it
+    bf16: bool = False  # matrix products in bfloat16, weights and optimizer in float32
+    checkpointing: bool = False  # keep no activations between layers; a third more time
+    packing: bool = False  # short rows of one expert behind each other in one
+    folder: Path | None = None  # of checkpoints; goes on from the newest if there are any
+    save_every: int | None = None  # rounds; None: when an expert was validated
+    keep: int = 2  # newest checkpoints kept
+    stopped: Callable[[], bool] = lambda: False  # asked after every round
+
+    def __post_init__(self) -> None:
+        for name in ("micro_tokens", "micro_rows", "save_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TrainError(f"{name} is {value}; expected at least 1.")

@@ -2,121 +2,136 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
-from loramix.chat import Example, prompt_ids
-from loramix.errors import TrainError
+from loramix.chat import Example, answered_ids, prompt_ids
+from loramix.errors import BadRequest, TrainError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of a token that is read and not learned
+Span = tuple[int, int]  # first token and the one after the last
+Learned = Literal["answers", "last answer", "all"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example as tokens; the answer, with the mark that ends it, begins at `answer_at`."""
+    """One example as tokens; those of the spans are learned, the others only read."""
 
     ids: tuple[int, ...]
-    answer_at: int
+    learned: tuple[Span, ...]
 
     @property
     def num_learned(self) -> int:
-        return len(self.ids) - self.answer_at
+        return sum(stop - start for start, stop in self.learned)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows padded on the left to one length, so that their answers end together.
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    max_length: int,
+    *,
+    learned: Learned = "answers",
+    template: Mapping[str, Any] | None = None,
+    truncate: bool = False,
+) -> Row:
+    """Every answer after the prompt exactly as it will be served, with the mark that ends it.
 
-    Logits are then needed of the last `num_last` positions only, which spares most of the output
-    layer: prompts are long, answers short.
+    An example of one message is plain text to continue: all of it is learned. Raises TrainError for
+    an empty answer, a row longer than `max_length` tokens (cutting it teaches half an answer: ask
+    for that with `truncate`), and a chat template that writes a prompt differently once it is
+    answered.
     """
-
-    ids: Tensor  # [N, T]
-    mask: Tensor  # [N, T], 0 where padded
-    positions: Tensor  # [N, T], of each token within its row
-    labels: Tensor  # [N, L], the last L tokens; IGNORED where no answer
-
-    @property
-    def num_last(self) -> int:
-        """Positions whose logits predict a label: L."""
-        return self.labels.shape[1]
-
-
-def tokenise(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Row:
-    """The prompt exactly as it will be served, then the answer and its end.
-
-    Raises TrainError for an empty answer, a row longer than `max_length` tokens (cutting it would
-    teach half an answer), and a chat template that writes a prompt differently once it is answered.
-    """
-    if not example.answer.strip():
+    if not example.answer.strip() and not example.messages[-1].calls:
         raise TrainError(
             f"The row {_start(example)} has an empty answer; there is nothing to learn."
         )
-    prompt = prompt_ids(tokenizer, example.messages[:-1])
-    if not prompt:
-        raise TrainError(f"The row with the answer {example.answer!r} has an empty prompt.")
-    whole = _whole(tokenizer, example, prompt)
-    if whole[: len(prompt)] != prompt:
+    try:
+        row = _row(tokenizer, example, learned, template)
+    except BadRequest as error:
+        raise TrainError(f"The row {_start(example)} cannot be a prompt: {error}") from error
+    if len(row.ids) > max_length and not truncate:
         raise TrainError(
+            f"The row {_start(example)} has {len(row.ids)} tokens, more than max_length "
+            f"{max_length}; raise max_length or drop the row."
+        )
+    return _cut(row, max_length, example)
+
+
+def _row(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    learned: Learned,
+    template: Mapping[str, Any] | None,
+) -> Row:
+    messages = example.messages
+    if len(messages) == 1:
+        text = list(tokenizer(example.answer)["input_ids"])
+        return Row((*text, tokenizer.eos_token_id), ((1, len(text) + 1),))
+    whole = answered_ids(tokenizer, messages, template)
+    if learned == "all":
+        return Row(tuple(whole), ((1, len(whole)),))
+    answers = [n for n, m in enumerate(messages) if m.role == "assistant"]
+    if learned == "last answer" or not tokenizer.chat_template:
+        answers = answers[-1:]
+    spans = []
+    for n in answers:
+        prompt = prompt_ids(tokenizer, messages[:n], template) if n else []
+        if not prompt:
+            raise TrainError(
+                f"The row with the answer {messages[n].content!r} has an empty prompt."
+            )
+        upto = (
+            whole
+            if n == len(messages) - 1
+            else answered_ids(tokenizer, messages[: n + 1], template)
+        )
+        if whole[: len(prompt)] != prompt or whole[: len(upto)] != upto:
+            raise TrainError(_unlike(example, n == len(messages) - 1))
+        spans.append((len(prompt), len(upto)))
+    return Row(tuple(whole), tuple(spans))
+
+
+def _cut(row: Row, max_length: int, example: Example) -> Row:
+    spans = tuple((a, min(b, max_length)) for a, b in row.learned if a < max_length)
+    if not spans:
+        raise TrainError(
+            f"The prompt of {_start(example)} alone fills max_length {max_length}: nothing to "
+            f"learn is left; raise max_length or drop the row."
+        )
+    return Row(row.ids[:max_length], spans)
+
+
+def preview(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[tuple[str, bool]]:
+    """The row's text in pieces, each with whether it is learned: the proof of the mask."""
+    pieces = []
+    start = 0
+    for first, stop in row.learned:
+        pieces += [(row.ids[start:first], False), (row.ids[first:stop], True)]
+        start = stop
+    pieces.append((row.ids[start:], False))
+    return [(str(tokenizer.decode(list(ids))), learned) for ids, learned in pieces if ids]
+
+
+def _unlike(example: Example, last: bool) -> str:
+    if last:
+        return (
             f"This chat template changes the prompt of {_start(example)} once it is answered, so "
             f"what is trained would not be what is served; use a template that only appends."
         )
-    if len(whole) > max_length:
-        raise TrainError(
-            f"The row {_start(example)} has {len(whole)} tokens, more than max_length "
-            f"{max_length}; raise max_length or drop the row."
-        )
-    return Row(tuple(whole), len(prompt))
-
-
-def _whole(
-    tokenizer: PreTrainedTokenizerBase, example: Example, prompt: Sequence[int]
-) -> list[int]:
-    if not tokenizer.chat_template:
-        answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
-        return [*prompt, *answer, tokenizer.eos_token_id]
-    turns = [{"role": m.role, "content": m.content} for m in example.messages]
-    encoded: Any = tokenizer.apply_chat_template(turns, return_dict=True)
-    return list(encoded["input_ids"])
-
-
-def batches(rows: Sequence[Row], size: int, rng: random.Random, pad: int = 0) -> Iterator[Batch]:
-    """One epoch in random order; rows of a batch have similar lengths, so little is padding.
-
-    Every row comes exactly once. Lengths are compared within windows of 16 batches, which keeps
-    the order of an epoch random.
-    """
-    order = rng.sample(range(len(rows)), len(rows))
-    windows = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
-    groups = []
-    for window in windows:
-        window.sort(key=lambda i: len(rows[i].ids))
-        groups += [window[i : i + size] for i in range(0, len(window), size)]
-    rng.shuffle(groups)
-    for group in groups:
-        yield collate([rows[i] for i in group], pad)
-
-
-def collate(rows: Sequence[Row], pad: int = 0) -> Batch:
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros_like(ids)
-    labels = torch.full((len(rows), max(row.num_learned for row in rows)), IGNORED)
-    for n, row in enumerate(rows):
-        ids[n, longest - len(row.ids) :] = torch.tensor(row.ids)
-        mask[n, longest - len(row.ids) :] = 1
-        labels[n, labels.shape[1] - row.num_learned :] = ids[n, longest - row.num_learned :]
-    return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), labels)
+    return (
+        f"This chat template writes an earlier answer of {_start(example)} differently once the "
+        f"conversation goes on; learn the last answers only (mask_history: true)."
+    )
 
 
 def _start(example: Example) -> str:
-    text = example.query
+    text = next((m.content for m in example.messages if m.role == "user"), example.answer)
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def total_learned(rows: Sequence[Row]) -> int:
+    """Tokens that are learned in all of these rows."""
+    return sum(row.num_learned for row in rows)

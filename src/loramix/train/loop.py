@@ -1,205 +1,232 @@
-"""The training loop: one expert learned through `MixedLinear` over a frozen base.
+"""The training loop: several experts learned in one pass over one frozen base.
 
-The loss is the mean over the batch's answer tokens. The best state by validation loss is kept.
+    round:  one optimizer step of every expert that is not done
+    micro-batch:  rows of several experts, each under its own gates
+
+The base is multiplied once for all rows; everything else is each expert's own: its factors, its
+rows and their order, rate, gradient norm, optimizer, validation and end. So an expert learned with
+others is the expert learned alone, up to float rounding. Its loss is the mean over the learned
+tokens of its step.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from loramix.adapter import Adapter, Card
+from loramix.adapter import Adapter
 from loramix.base import Base
 from loramix.errors import TrainError
-from loramix.formats.peft import digest
-from loramix.lora import Pair
-from loramix.mixed import Gates, MixedModel, linear_shapes
-from loramix.train.config import Settings
-from loramix.train.data import IGNORED, Batch, Row, batches, collate
+from loramix.mixed import MixedModel
+from loramix.train.batches import Batch, micro_batches
+from loramix.train.checkpoint import Checkpoints
+from loramix.train.config import Run
+from loramix.train.data import Row, total_learned
+from loramix.train.forward import gates, losses, recomputed
+from loramix.train.learner import Course, Learner
 
-EVAL_BATCH = 64  # rows
+VALIDATION_TOKENS = 16384  # of a batch; the same whatever else is trained, so figures are too
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a training run is; given to the caller after every optimizer step."""
+    """Where one expert is; given to the caller after each of its optimizer steps."""
 
+    name: str
     step: int
     num_steps: int
-    loss: float  # nats per answer token, of this step's rows
-    tokens_per_s: float
-    validation: float | None = None  # nats per answer token, when just measured
+    loss: float  # nats per learned token, of this step's rows
+    rate: float
+    norm: float  # of the gradient, before it was clipped
+    epoch: float
+    tokens_per_s: float  # of all experts together
+    validation: float | None = None  # nats per learned token, when just measured
+
+
+class Stopped(TrainError):
+    """Training was asked to stop; its state is in the checkpoint and it can be taken up again."""
 
 
 def train(
     base: Base,
-    card: Card,
-    rows: Sequence[Row],
-    validation: Sequence[Row],
-    settings: Settings,
+    courses: Sequence[Course],
+    run: Run | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
-) -> Adapter:
-    """Learn an expert named by `card` from `rows`; the state with the lowest validation loss.
+) -> list[Adapter]:
+    """Learn an expert for each course, all in one pass, and return them in order.
 
-    The base is wrapped while it learns and given back as it was, frozen. Raises TrainError if there
-    is nothing to learn or the loss stops being a number.
+    The base is wrapped while they learn and given back as it was, frozen. With a folder in `run`
+    the newest checkpoint there is taken up again; in float32 on a CPU the result is then the same
+    to the bit. Raises TrainError if there is nothing to learn or a loss stops being a number, and
+    Stopped.
     """
-    if not rows or not validation:
-        raise TrainError(f"{len(rows)} rows to train, {len(validation)} to validate; need both.")
-    torch.manual_seed(settings.seed)
+    names = [course.card.name for course in courses]
+    if not names or len(set(names)) < len(names):
+        raise TrainError(f"Expected experts of different names; got {', '.join(names) or 'none'}.")
+    run = run or Run()
     mixed = MixedModel(base.model)
-    pairs = new_pairs(linear_shapes(base.model), settings.rank, base.device)
-    mixed.bind(Adapter(card.name, pairs, "in training", card))
-    try:
-        best = _fit(mixed, card.name, pairs, rows, validation, settings, report)
-    finally:
-        mixed.release()
-    return Adapter(card.name, best, digest(best), card)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            learners = [Learner(course, mixed) for course in courses]
+            _Pass(base, mixed, learners, run, report).learn()
+        finally:
+            mixed.release()
+    return [learner.adapter() for learner in learners]
 
 
-def new_pairs(
-    shapes: dict[str, tuple[int, int]], rank: int, device: torch.device | str = "cpu"
-) -> dict[str, Pair]:
-    """Fresh pairs for all linear layers but the output layer: a Kaiming-uniform, b zero.
+@dataclass
+class _Pass:
+    """One run of the loop over learners that are ready."""
 
-    The initialisation of LoRA (https://arxiv.org/abs/2106.09685, as in its reference code). They
-    must lie where the base does: a layer would learn through a copy of pairs from elsewhere.
-    """
-    pairs = {}
-    for name, (out, into) in shapes.items():
-        if name.rpartition(".")[2] in ("lm_head", "embed_out"):
-            continue
-        bound = 1 / math.sqrt(into)
-        a = torch.empty(rank, into).uniform_(-bound, bound).to(device)
-        b = torch.zeros(out, rank, device=device)
-        pairs[name] = Pair(a.requires_grad_(), b.requires_grad_())
-    return pairs
+    base: Base
+    mixed: MixedModel
+    learners: Sequence[Learner]
+    run: Run
+    report: Callable[[Progress], None]
+    round: int = 0
+    tokens: int = 0
+    micro_tokens: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def learn(self) -> None:
+        self.micro_tokens = self.run.micro_tokens
+        checkpoints = Checkpoints.of(self.run, self.base, self.learners)
+        self.round = checkpoints.restore() if checkpoints else 0
+        while living := [learner for learner in self.learners if not learner.is_done]:
+            validated = self._round(living)
+            self.round += 1
+            stopped = self.run.stopped()
+            due = self.round % self.run.save_every == 0 if self.run.save_every else validated
+            if checkpoints and (stopped or due):
+                checkpoints.save(self.round)
+            if stopped:
+                kept = f"its state is in {self.run.folder}" if checkpoints else "nothing was kept"
+                raise Stopped(f"Training was stopped after round {self.round}; {kept}.")
+
+    def _round(self, living: Sequence[Learner]) -> bool:
+        """One step of each; whether any of them was validated."""
+        torch.manual_seed(self.round)  # of dropout: a run that is taken up again draws the same
+        steps = [learner.rows() for learner in living]
+        means = self._gradients(living, steps)
+        self.tokens += sum(len(row.ids) for step in steps for row in step)
+        validated = False
+        for learner, loss in zip(living, means, strict=True):
+            norm, rate = learner.advance()
+            progress = self._progress(learner, loss, norm, rate)
+            if learner.is_due:
+                measured = self.validation_loss(learner)
+                learner.judged(measured)
+                progress = replace(progress, validation=measured)
+                validated = True
+            self.report(progress)
+        return validated or any(learner.is_done for learner in living)
+
+    def _gradients(
+        self, living: Sequence[Learner], steps: Sequence[Sequence[Row]]
+    ) -> Sequence[float]:
+        """The mean loss of each expert's step, its gradient taken; smaller batches if need be."""
+        while True:
+            try:
+                return gradients(
+                    self.mixed, living, steps, replace_tokens(self.run, self.micro_tokens)
+                )
+            except RuntimeError as error:
+                if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+                    raise
+                self._shrink(living, steps)
+
+    def _shrink(self, living: Sequence[Learner], steps: Sequence[Sequence[Row]]) -> None:
+        longest = max(len(row.ids) for step in steps for row in step)
+        if self.micro_tokens <= longest:
+            raise TrainError(
+                f"Out of memory with one row of {longest} tokens. Levers, in this order: gradient "
+                f"checkpointing, a shorter max length (cutoff_len), bfloat16, a smaller base."
+            ) from None
+        self.micro_tokens = max(longest, self.micro_tokens // 2)
+        for learner in living:
+            learner.optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _progress(self, learner: Learner, loss: float, norm: float, rate: float) -> Progress:
+        rows, settings = len(learner.course.rows), learner.course.settings
+        return Progress(
+            name=learner.name,
+            step=learner.step,
+            num_steps=learner.num_steps,
+            loss=loss,
+            rate=rate,
+            norm=norm,
+            epoch=learner.step / settings.steps_per_epoch(rows),
+            tokens_per_s=self.tokens / (time.monotonic() - self.began),
+        )
+
+    def validation_loss(self, learner: Learner) -> float:
+        return validation_loss(self.mixed, learner, bf16=self.run.bf16)
 
 
-def _fit(
-    mixed: MixedModel,
-    name: str,
-    pairs: dict[str, Pair],
-    rows: Sequence[Row],
-    validation: Sequence[Row],
-    settings: Settings,
-    report: Callable[[Progress], None],
-) -> dict[str, Pair]:
-    optimizer = _optimizer(pairs, settings)
-    per_epoch = math.ceil(len(rows) / settings.batch_size)
-    num_steps = max(1, round(settings.epochs * per_epoch))
-    best, best_loss = pairs, math.inf
-    began, tokens = time.monotonic(), 0
-    for step, batch in enumerate(_endless(rows, settings)):
-        _set_rate(optimizer, settings, step, num_steps)
-        loss = _step(mixed, name, batch, optimizer, settings)
-        tokens += int(batch.mask.sum())
-        speed = tokens / (time.monotonic() - began)
-        progress = Progress(step + 1, num_steps, loss, speed)
-        last = step + 1 == num_steps
-        if last or (step + 1) % per_epoch == 0:
-            measured = validation_loss(mixed, name, validation, settings)
-            progress = replace(progress, validation=measured)
-            if measured < best_loss:
-                best_loss, best = measured, _copy(pairs)
-        report(progress)
-        if last:
-            return best
-    raise AssertionError("batches never end")
+def replace_tokens(run: Run, tokens: int) -> Run:
+    return run if run.micro_tokens == tokens else replace(run, micro_tokens=tokens)
 
 
-def _endless(rows: Sequence[Row], settings: Settings) -> Iterator[Batch]:
-    rng = random.Random(settings.seed)
-    while True:
-        yield from batches(rows, settings.batch_size, rng)
+def gradients(
+    mixed: MixedModel, learners: Sequence[Learner], steps: Sequence[Sequence[Row]], run: Run
+) -> list[float]:
+    """Add each expert's gradient to its factors; the mean loss of its step, in nats a token."""
+    counts = [total_learned(step) for step in steps]
+    sums = [0.0] * len(learners)
+    batches = micro_batches(
+        steps, tokens=run.micro_tokens, rows=run.micro_rows, packing=run.packing
+    )
+    for batch in batches:
+        parts = _backward(mixed, learners, batch, counts, run)
+        sums = [total + part for total, part in zip(sums, parts, strict=True)]
+    means = [total / count for total, count in zip(sums, counts, strict=True)]
+    for learner, mean in zip(learners, means, strict=True):
+        if not math.isfinite(mean):
+            raise TrainError(
+                f"The loss of {learner.name!r} became {mean} at step {learner.step + 1}; lower the "
+                f"learning rate."
+            )
+    return means
 
 
-def _step(
-    mixed: MixedModel,
-    name: str,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-) -> float:
-    loss = answer_loss(mixed, name, batch, settings, dropout=settings.dropout)
-    loss.backward()  # type: ignore[no-untyped-call]
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(weights, settings.max_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    value = loss.detach().item()
-    if not math.isfinite(value):
-        raise TrainError(f"The loss of {name!r} became {value}; lower the rate.")
-    return value
+def _backward(
+    mixed: MixedModel, learners: Sequence[Learner], batch: Batch, counts: Sequence[int], run: Run
+) -> list[float]:
+    for learner, count in zip(learners, batch.counts, strict=True):
+        if count and learner.is_remade:
+            learner.bind()
+    active = mixed.active.using(*gates(learners, batch.counts, learning=True))
+    if run.checkpointing:
+        with recomputed(mixed.model), active:
+            return _summed(mixed, batch, counts, run)
+    with active:
+        return _summed(mixed, batch, counts, run)
 
 
-def answer_loss(
-    mixed: MixedModel, name: str, batch: Batch, settings: Settings, dropout: float = 0.0
-) -> Tensor:
-    """Mean cross-entropy in nats over the answer tokens of a batch."""
-    device = mixed.model.device
-    labels = batch.labels.to(device)
-    gates = Gates((name,), torch.ones(len(labels), 1, 1, device=device), dropout)
-    with (
-        mixed.active.using(gates),
-        torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16),
-    ):
-        logits = mixed.model(
-            input_ids=batch.ids.to(device),
-            attention_mask=batch.mask.to(device),
-            position_ids=batch.positions.to(device),
-            logits_to_keep=batch.num_last + 1,
-            use_cache=False,
-        ).logits
-    learned = labels != IGNORED
-    return F.cross_entropy(logits[:, :-1][learned].float(), labels[learned])
+def _summed(mixed: MixedModel, batch: Batch, counts: Sequence[int], run: Run) -> list[float]:
+    parts = losses(mixed, batch, bf16=run.bf16)
+    here = [
+        part / count for part, count, rows in zip(parts, counts, batch.counts, strict=True) if rows
+    ]
+    torch.stack(here).sum().backward()  # type: ignore[no-untyped-call]
+    return torch.stack(parts).detach().tolist()
 
 
 @torch.no_grad()
-def validation_loss(mixed: MixedModel, name: str, rows: Sequence[Row], settings: Settings) -> float:
-    """Nats per answer token over all of `rows`."""
-    total, count = 0.0, 0
-    ordered = sorted(rows, key=lambda row: len(row.ids))
-    for start in range(0, len(ordered), EVAL_BATCH):
-        part = ordered[start : start + EVAL_BATCH]
-        learned = sum(row.num_learned for row in part)
-        total += answer_loss(mixed, name, collate(part), settings).item() * learned
-        count += learned
-    return total / count
-
-
-def _optimizer(pairs: dict[str, Pair], settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [
-            {"params": [pair.a for pair in pairs.values()], "full_rate": settings.rate},
-            {"params": [pair.b for pair in pairs.values()], "full_rate": settings.b_rate},
-        ],
-        lr=settings.rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-
-
-def _set_rate(
-    optimizer: torch.optim.Optimizer, settings: Settings, step: int, num_steps: int
-) -> None:
-    warmup = settings.warmup * num_steps
-    if step < warmup:
-        share = (step + 1) / (warmup + 1)
-    else:
-        share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
-    for group in optimizer.param_groups:
-        group["lr"] = group["full_rate"] * share
-
-
-def _copy(pairs: dict[str, Pair]) -> dict[str, Pair]:
-    return {
-        name: Pair(pair.a.detach().clone(), pair.b.detach().clone()) for name, pair in pairs.items()
-    }
+def validation_loss(mixed: MixedModel, learner: Learner, *, bf16: bool = False) -> float:
+    """Nats per learned token over the validation rows of a course."""
+    rows = learner.course.validation
+    if learner.is_remade:
+        learner.bind()
+    total = 0.0
+    for batch in micro_batches([rows], tokens=VALIDATION_TOKENS):
+        with mixed.active.using(*gates([learner], batch.counts, learning=False)):
+            total += losses(mixed, batch, bf16=bf16)[0].item()
+    return total / total_learned(rows)

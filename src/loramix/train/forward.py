@@ -1,0 +1,99 @@
+"""The loss of a batch that holds rows of several experts, each row under its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from loramix.errors import TrainError
+from loramix.mixed import Gates, MixedModel
+from loramix.train.batches import IGNORED, Batch
+from loramix.train.learner import Learner
+
+
+def gates(learners: Sequence[Learner], counts: Sequence[int], *, learning: bool) -> list[Gates]:
+    """Each expert's rows see its update alone, weighed by LoRA's scale."""
+    here = [(k, count) for k, count in enumerate(counts) if count]
+    stops = list(accumulate(count for _, count in here))
+    starts = [0, *stops[:-1]]
+    found = []
+    for (k, _), start, stop in zip(here, starts, stops, strict=True):
+        learner = learners[k]
+        weight = torch.full((1, 1, 1), learner.gate, device=learner.mixed.model.device)
+        dropout = learner.course.settings.dropout if learning else 0.0
+        part = (start, stop) if len(here) > 1 else None
+        found.append(Gates((learner.name,), weight, dropout, part=part))
+    return found
+
+
+def losses(mixed: MixedModel, batch: Batch, *, bf16: bool = False) -> list[Tensor]:
+    """Cross-entropy in nats, summed over the learned tokens of each expert.
+
+    Under gates that are active, and for as long as its gradient is to be taken: layers whose
+    activations are computed anew need the gates then too.
+    """
+    device = mixed.model.device
+    labels = batch.labels.to(device)
+    learned = labels != IGNORED
+    with (
+        _output_of(mixed.model, learned),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+    ):
+        logits = mixed.model(
+            input_ids=batch.ids.to(device),
+            position_ids=batch.positions.to(device),
+            use_cache=False,
+        ).logits
+    each = F.cross_entropy(logits.float(), labels[learned], reduction="none")
+    lines = [int(count) for count in learned.sum(1)]
+    stops = list(accumulate(batch.counts, initial=0))
+    tokens = [sum(lines[a:b]) for a, b in pairwise(stops)]
+    return [part.sum() for part in each.split_with_sizes(tokens)]
+
+
+@contextmanager
+def _output_of(model: nn.Module, wanted: Tensor) -> Iterator[None]:
+    """The output layer sees the wanted positions [N, T] alone: its logits are [tokens, V].
+
+    It is the largest matrix of a small model, and most positions are prompt.
+    """
+    head = cast(Any, model).get_output_embeddings()
+    if head is None:
+        raise TrainError(
+            f"{type(model).__name__} has no output layer; use a causal language model."
+        )
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0][wanted], *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Layers keep their input alone and are computed again for the gradient.
+
+    transformers' own switch works in training mode only, which would turn on the base's dropout.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise TrainError(
+            f"{type(model).__name__} has no layers that can be computed again; train it without "
+            f"gradient checkpointing."
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,196 @@
+"""One expert while it learns: its factors, its optimizer, and how far it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loramix.adapter import Adapter, Card
+from loramix.errors import TrainError
+from loramix.formats.peft import digest
+from loramix.linear import matrix_of
+from loramix.lora import Pair
+from loramix.mixed import MixedModel
+from loramix.stacked import Bound
+from loramix.train.batches import epoch_order
+from loramix.train.config import Settings
+from loramix.train.data import Row
+from loramix.train.start import fresh_pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What one expert is to learn, and how. Without validation rows its last state is kept."""
+
+    card: Card
+    rows: Sequence[Row]
+    validation: Sequence[Row]
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise TrainError(f"{self.card.name!r} has 0 rows to train; expected at least one.")
+        if self.settings.patience is not None and not self.validation:
+            raise TrainError(
+                f"{self.card.name!r} is to stop early but has no validation rows; split some off."
+            )
+
+
+class Learner:
+    """The factors of a course while they are learned, in float32.
+
+    They are kept as LoRA has them, dW = scale * b @ a, and become a plain pair at the end. Started
+    from factors (a0, b0) of the base's own weight, the update is scale * (b @ a - b0 @ a0): a pair
+    of twice the rank over the base as it is, so that experts of one pass can share it.
+    """
+
+    def __init__(self, course: Course, mixed: MixedModel) -> None:
+        self.course, self.mixed = course, mixed
+        settings = course.settings
+        self.name = course.card.name
+        self.start = fresh_pairs(
+            mixed.model,
+            settings.targets,
+            settings.rank,
+            start=settings.start,
+            seed=settings.seed,
+        )
+        if settings.start == "pissa":  # scale * b0 @ a0 is the principal part of W itself
+            root = math.sqrt(settings.scale)
+            self.start = {n: Pair(p.a / root, p.b / root) for n, p in self.start.items()}
+        self.weights = {
+            f"{layer}.{part}": tensor.clone().requires_grad_()
+            for layer, pair in self.start.items()
+            for part, tensor in (("a", pair.a), ("b", pair.b))
+        }
+        if settings.dora:
+            for layer in self.start:
+                matrix = matrix_of(mixed.model.get_submodule(layer)).detach().float()
+                norm = torch.linalg.vector_norm(matrix, dim=1)
+                self.weights[f"{layer}.magnitude"] = norm.requires_grad_()
+        self.optimizer = self._optimizer()
+        self.num_steps = settings.num_steps(len(course.rows))
+        self.step = 0
+        self.best_loss, self.misses = math.inf, 0
+        self.best: dict[str, Tensor] = {}
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        mixed.bind(Adapter(self.name, self.start, "in training", course.card))
+        self.bind()
+
+    @property
+    def is_done(self) -> bool:
+        patience = self.course.settings.patience
+        return self.step >= self.num_steps or (patience is not None and self.misses >= patience)
+
+    @property
+    def gate(self) -> float:
+        """The weight that its rows give its update; DoRA has the scale inside."""
+        return 1.0 if self.course.settings.dora else self.course.settings.scale
+
+    @property
+    def is_remade(self) -> bool:
+        """Whether its update must be bound anew for every forward pass."""
+        return self.course.settings.dora or self.course.settings.start != "default"
+
+    def bind(self) -> None:
+        """Give the layers the update as it is now, with the graph that leads to its factors."""
+        for name in self.start:
+            self.mixed.layers[name].take(self.name, self._bound(name))
+
+    def rows(self) -> list[Row]:
+        """Those of the step that comes next."""
+        settings, rows = self.course.settings, self.course.rows
+        epoch, place = divmod(self.step, settings.steps_per_epoch(len(rows)))
+        if self._epoch[0] != epoch:
+            lengths = [len(row.ids) for row in rows]
+            order = epoch_order(lengths, settings.batch_size, settings.seed, epoch)
+            self._epoch = epoch, order
+        return [rows[i] for i in self._epoch[1][place]]
+
+    def advance(self) -> tuple[float, float]:
+        """One optimizer step with the gradient that has come together: its norm, and the rate."""
+        settings = self.course.settings
+        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), settings.max_norm))
+        if not math.isfinite(norm):
+            raise TrainError(
+                f"The gradient of {self.name!r} became {norm} at step {self.step + 1}; lower its "
+                f"learning rate."
+            )
+        rate = settings.rate_at(self.step, self.num_steps)
+        for group, ratio in zip(self.optimizer.param_groups, (1.0, settings.b_ratio), strict=True):
+            group["lr"] = rate * ratio
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return norm, rate
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be validated after the step it just made."""
+        if not self.course.validation:
+            return False
+        settings = self.course.settings
+        every = settings.validate_every or settings.steps_per_epoch(len(self.course.rows))
+        return self.step % every == 0 or self.step == self.num_steps
+
+    def judged(self, loss: float) -> None:
+        """Remember the state if no earlier one had a lower validation loss."""
+        if loss < self.best_loss:
+            self.best_loss, self.misses = loss, 0
+            if self.course.settings.keep_best:
+                self.best = {n: w.detach().clone() for n, w in self.weights.items()}
+        else:
+            self.misses += 1
+
+    def adapter(self) -> Adapter:
+        """The expert: plain pairs, the scale inside."""
+        weights = self.best or self.weights
+        pairs = {name: self._pair(name, weights) for name in self.start}
+        return Adapter(self.name, pairs, digest(pairs), self.course.card)
+
+    def _pair(self, layer: str, weights: dict[str, Tensor]) -> Pair:
+        scale = self.course.settings.scale
+        a, b = (weights[f"{layer}.{part}"].detach() for part in "ab")
+        if self.course.settings.start != "default":
+            first = self.start[layer]
+            a, b = torch.cat([a, first.a]), torch.cat([b, -first.b], dim=1)
+        magnitude = weights[f"{layer}.magnitude"].detach() if self.course.settings.dora else None
+        return Pair(a.clone(), scale * b, magnitude)
+
+    def _bound(self, layer: str) -> Bound:
+        a, b = self.weights[f"{layer}.a"], self.weights[f"{layer}.b"]
+        if self.course.settings.dora:
+            # the norm is a constant to the gradient: section 4.3 of arxiv.org/abs/2402.09353
+            b = self.course.settings.scale * b
+            weight = matrix_of(self.mixed.layers[layer].base).float()
+            norm = torch.linalg.vector_norm(weight + b.detach() @ a.detach(), dim=1)
+            gain = self.weights[f"{layer}.magnitude"] / norm
+            return Bound(a, gain[:, None] * b, gain - 1)
+        if self.course.settings.start != "default":
+            first = self.start[layer]
+            return Bound(torch.cat([a, first.a]), torch.cat([b, -first.b], dim=1), None)
+        return Bound(a, b, None)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.course.settings
+        slow = [w for n, w in self.weights.items() if not n.endswith(".b")]
+        fast = [w for n, w in self.weights.items() if n.endswith(".b")]
+        groups = [{"params": slow}, {"params": fast}]
+        if settings.optimizer == "sgd":
+            return torch.optim.SGD(
+                groups,
+                lr=settings.rate,
+                weight_decay=settings.weight_decay,
+                momentum=settings.betas[0],
+            )
+        return torch.optim.AdamW(
+            groups,
+            lr=settings.rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
