@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -257,7 +257,8 @@ class MixedModel:
         self.active = ActiveMixes()
         self.layers: dict[str, MixedLinear] = {}
         self.digests: dict[str, str] = {}
-        self._shapes = linear_shapes(model)
+        self._bases = linear_layers(model)
+        self._shapes = {name: shape(layer) for name, layer in self._bases.items()}
         self._sets: list[tuple[str, ...]] = []  # used last at the end
 
     def check(self, adapter: Adapter) -> None:
@@ -274,11 +275,11 @@ class MixedModel:
 
     def prepared(self, adapter: Adapter, dtype: torch.dtype | None = None) -> dict[str, Bound]:
         """An adapter's updates as the layers apply them. Changes nothing; any thread may call."""
-        found = {}
-        for name, pair in adapter.pairs.items():
-            layer: Any = self.model.get_submodule(name)
-            found[name] = bound(pair.to(dtype or pair.a.dtype, self.model.device), layer)
-        return found
+        device = self.model.device
+        return {
+            name: bound(pair.to(dtype or pair.a.dtype, device), self._bases[name])
+            for name, pair in adapter.pairs.items()
+        }
 
     def take(self, name: str, digest: str, updates: Mapping[str, Bound]) -> None:
         """Make prepared updates available to gates."""
@@ -333,15 +334,20 @@ class MixedModel:
         return self.layers[name]
 
 
-def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(O, D) of every layer an adapter can act on, by name, wrapped already or not."""
-    shapes: dict[str, tuple[int, int]] = {}
+def linear_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every layer an adapter can act on, by name, wrapped already or not."""
+    layers: dict[str, Layer] = {}
     for name, module in model.named_modules():
-        if name.removesuffix(".base") in shapes:
+        if name.removesuffix(".base") in layers:
             continue  # inside a layer that another model wrapped
         if type(module) is nn.Linear or isinstance(module, (*KINDS, MixedLinear)):
-            shapes[name] = shape(module)
-    return shapes
+            layers[name] = module
+    return layers
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(O, D) of every layer an adapter can act on, by name."""
+    return {name: shape(layer) for name, layer in linear_layers(model).items()}
 
 
 def check_fit(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
