@@ -7,8 +7,8 @@ g gives each rank column the weight its row gives to the adapter that owns it. A
 row of weights: no merge, no load. The engine serves through these layers and training learns
 through them, so what was trained is what is served.
 
-Side by side suits tokens of many requests, a few each. A long prompt has its own span of the row,
-and its own gates: it pays for the adapters of its mix alone. Layers that are given the same input
+Side by side suits tokens of many mixes, a few each. Many tokens of one mix, as in a long prompt,
+have their own span of the row and their own gates: they pay for the adapters of their mix alone. Layers that are given the same input
 (q, k and v; gate and up) share one product for all their A's.
 
 DoRA stays exact. With c = magnitude / |W + b a| per output, its update is
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     Layer: TypeAlias = "nn.Linear | Conv1D | FrozenLinear | Int8Linear | MixedLinear"
 
 KINDS = (Conv1D, FrozenLinear, Int8Linear)  # beside nn.Linear itself, not what derives from it
-MAX_SETS = 4  # sets of adapters whose side-by-side factors are kept
+MAX_SETS = 4  # sets of adapters whose side-by-side factors are kept, if a step has no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,9 +257,11 @@ class MixedModel:
         self.active = ActiveMixes()
         self.layers: dict[str, MixedLinear] = {}
         self.digests: dict[str, str] = {}
+        self.ranks: dict[str, int] = {}  # the largest of each adapter's
         self._bases = linear_layers(model)
         self._shapes = {name: shape(layer) for name, layer in self._bases.items()}
         self._sets: list[tuple[str, ...]] = []  # used last at the end
+        self._num_used = 0  # of them, since they were tidied
 
     def check(self, adapter: Adapter) -> None:
         """BaseMismatch, naming the strays, unless every update finds a layer of its shape."""
@@ -287,6 +289,7 @@ class MixedModel:
         for layer, update in updates.items():
             self._wrap(layer).take(name, update)
         self.digests[name] = digest
+        self.ranks[name] = max((update.a.shape[0] for update in updates.values()), default=0)
 
     def unbind(self, name: str, *, missing_ok: bool = False) -> None:
         if name not in self.digests and not missing_ok:
@@ -295,6 +298,7 @@ class MixedModel:
             layer.unbind(name)
         self._sets = [names for names in self._sets if name not in names]
         self.digests.pop(name, None)
+        self.ranks.pop(name, None)
 
     def together(self, names: Iterable[str], spare: float = 0.5) -> tuple[str, ...]:
         """A set of adapters to keep side by side that has these: one in use, if little larger.
@@ -307,14 +311,16 @@ class MixedModel:
         fit = [found for found in self._sets if wanted <= set(found) and len(found) <= most]
         chosen = min(fit, key=len, default=tuple(sorted(wanted)))
         self._sets = [*(found for found in self._sets if found != chosen), chosen]
+        self._num_used += 1
         return chosen
 
     def tidy(self) -> None:
-        """Drop the copies of all but the sets that were used last."""
-        for old in self._sets[:-MAX_SETS]:
+        """Between two steps: drop the copies of all but the sets that were used last."""
+        num_kept = max(MAX_SETS, self._num_used)
+        for old in self._sets[:-num_kept]:
             for layer in self.layers.values():
                 layer.siblings.drop(old)
-        self._sets = self._sets[-MAX_SETS:]
+        self._sets, self._num_used = self._sets[-num_kept:], 0
 
     def release(self) -> None:
         """Put the base's own layers back; the model is as it was before it was wrapped."""
@@ -323,6 +329,7 @@ class MixedModel:
             setattr(self.model.get_submodule(parent), child, layer.base)
         self.layers.clear()
         self.digests.clear()
+        self.ranks.clear()
 
     def _wrap(self, name: str) -> MixedLinear:
         if name not in self.layers:

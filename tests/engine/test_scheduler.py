@@ -86,8 +86,14 @@ def test_everybody_is_computed_once_within_the_budget(sizes, max_batch, step_tok
     assert starts == sorted(starts)  # one-token prompts go first with those who answer
 
 
-def together(names, spare):
-    return tuple(sorted(names))
+class Adapters:
+    """A model with adapters of these ranks."""
+
+    def __init__(self, **ranks):
+        self.ranks = ranks
+
+    def together(self, names, spare):
+        return tuple(sorted(names))
 
 
 def test_a_batch_lays_tasks_end_to_end_each_with_its_own_positions():
@@ -102,7 +108,7 @@ def test_a_batch_lays_tasks_end_to_end_each_with_its_own_positions():
     assert batch.tokens == [100, 101, 102, 100, 101, 102, 103, 104]
     assert batch.positions == [0, 1, 2, 0, 1, 2, 3, 4]
     assert batch.read_rows == [2]
-    (gates,) = batch.gates(together, torch.device("cpu"))
+    (gates,) = batch.gates(Adapters(a=8, b=8), torch.device("cpu"))
     assert gates.adapters == ("a", "b")
     assert gates.weights[0].tolist() == [[0, 0.5]] * 3 + [[1, 2]] * 5
     queue.record(batch, torch.zeros(1, 3))
@@ -114,7 +120,7 @@ def test_a_batch_lays_tasks_end_to_end_each_with_its_own_positions():
 def test_only_adapters_at_work_are_in_the_gates():
     queue = scheduler()
     queue.add(task(2))
-    assert queue.next_batch().gates(together, torch.device("cpu")) == []
+    assert queue.next_batch().gates(Adapters(), torch.device("cpu")) == []
 
 
 def test_dropping_frees_memory_and_room_wherever_the_task_is():
@@ -182,10 +188,24 @@ def test_a_long_span_has_gates_of_its_own():
     sizes_and_weights = [(1, "a"), (2, "b"), (70, "a"), (3, None), (67, None)]
     for size, name in sizes_and_weights:
         queue.add(task(size, weights=((name, 0.5),) if name else ()))
-    found = queue.next_batch().gates(together, torch.device("cpu"))
+    found = queue.next_batch().gates(Adapters(a=64, b=64), torch.device("cpu"))
     assert [(gates.adapters, gates.span) for gates in found] == [
         (("a", "b"), (0, 3)),
         (("a",), (3, 73)),
     ]
     assert found[0].weights[0].tolist() == [[0.5, 0], [0, 0.5], [0, 0.5]]
     assert found[1].weights.tolist() == [[[0.5]] * 70]
+
+
+def test_large_adapters_with_many_requests_each_have_gates_of_their_own():
+    queue = scheduler(max_batch=9)
+    for name in "abcaba":
+        queue.add(task(1, weights=((name, 0.5),)))
+    batch = queue.next_batch()
+    assert [part.task.weights[0][0] for part in batch.parts] == list("aaabbc")
+    sizes = {}
+    for rank in (16, 1024):
+        found = batch.gates(Adapters(a=rank, b=rank, c=rank), torch.device("cpu"))
+        sizes[rank] = [(gates.adapters, gates.weights.shape[1]) for gates in found]
+    assert sizes[16] == [(("a", "b", "c"), 6)]
+    assert sizes[1024] == [(("a",), 3), (("b",), 2), (("c",), 1)]

@@ -122,7 +122,7 @@ class Core:
         whole = isinstance(head, MixedLinear) and bool(head.bound)
         self.frozen.suit(len(batch.parts))
         self.mixed.tidy()
-        gates = batch.gates(self.mixed.together, device)
+        gates = batch.gates(self.mixed, device)
         with torch.inference_mode(), self.mixed.active.using(*gates):
             with packed(self._configs):
                 output = self.model(

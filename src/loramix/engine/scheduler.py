@@ -12,7 +12,7 @@ import contextlib
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -28,8 +28,17 @@ from loramix.errors import EngineError
 from loramix.mix import Mix
 from loramix.mixed import Gates
 
-OWN_GATES = 64  # tokens from which a span has gates of its own (see mixed.py)
-Together = Callable[[Iterable[str], float], tuple[str, ...]]  # `MixedModel.together`
+# What gates of their own cost neighbours of one mix, in products of a token with a rank column:
+# hundreds of small calls. docs/log.md has the measurement.
+OWN_GATES = 4000
+
+
+class Adapted(Protocol):
+    """What gates are made for: `MixedModel`."""
+
+    ranks: Mapping[str, int]
+
+    def together(self, names: Iterable[str], spare: float) -> tuple[str, ...]: ...
 
 
 class Reader(Protocol):
@@ -140,14 +149,27 @@ class Batch:
             for row in range(part.span.end - part.num_read, part.span.end)
         ]
 
-    def gates(self, together: Together, device: torch.device) -> list[Gates]:
-        """The mixes of the step: of long spans by themselves, of short ones side by side."""
+    def gates(self, model: Adapted, device: torch.device) -> list[Gates]:
+        """The mixes of the step, side by side.
+
+        Neighbours of one mix have gates of their own where that is cheaper: side by side, each of
+        their tokens pays for the ranks of all. Such are long prompts, and large adapters with many
+        requests each.
+        """
+        names = {name for part in self.parts for name, _ in part.task.weights}
+        rank = sum(model.ranks[name] for name in names)
+
+        def is_apart(parts: Sequence[Part]) -> bool:
+            own = sum(model.ranks[name] for name, _ in parts[0].task.weights)
+            return sum(part.span.num_rows for part in parts) * (rank - own) > OWN_GATES
+
+        alike = [list(same) for _, same in groupby(self.parts, lambda part: part.task.weights)]
         gates: list[Gates] = []
-        for long, parts in groupby(self.parts, lambda part: part.span.num_rows >= OWN_GATES):
-            neighbours = list(parts)
-            for group in [[part] for part in neighbours] if long else [neighbours]:
-                if names := {name for part in group for name, _ in part.task.weights}:
-                    gates.append(_gates(group, together(names, 0.0 if long else 0.5), device))
+        for apart, groups in groupby(alike, is_apart):
+            runs = list(groups)
+            for run in runs if apart else [[part for same in runs for part in same]]:
+                if here := {name for part in run for name, _ in part.task.weights}:
+                    gates.append(_gates(run, model.together(here, 0.0 if apart else 0.5), device))
         if len(gates) == 1 and gates[0].weights.shape[1] == self.spans[-1].end:
             return [replace(gates[0], span=None)]
         return gates
@@ -163,6 +185,11 @@ def _gates(parts: Sequence[Part], names: tuple[str, ...], device: torch.device) 
     lengths = torch.tensor([part.span.num_rows for part in parts])
     weights = rows.repeat_interleave(lengths, dim=0)[None].to(device)
     return Gates(names, weights, span=(parts[0].span.start, parts[-1].span.end), keep=True)
+
+
+def _turn(task: Task) -> tuple[bool, tuple[tuple[str, float], ...]]:
+    """Those who wait for one token come first, neighbours of one mix together."""
+    return (True, ()) if task.num_pending > 1 else (False, task.weights)
 
 
 def step_failed(error: Exception) -> EngineError:
@@ -214,7 +241,7 @@ class Scheduler:
         parts: list[Part] = []
         start, budget = 0, self.step_tokens
         able = [task for task in self.running if not task.is_held_up()]
-        for task in sorted(able, key=lambda task: task.num_pending > 1):
+        for task in sorted(able, key=_turn):
             num_rows = min(task.num_pending, budget)
             if num_rows:
                 span = Span(start, start + num_rows, task.history)
