@@ -8,8 +8,8 @@ row of weights: no merge, no load. The engine serves through these layers and tr
 through them, so what was trained is what is served.
 
 Side by side suits tokens of many mixes, a few each. Many tokens of one mix, as in a long prompt,
-have their own span of the row and their own gates: they pay for the adapters of their mix alone. Layers that are given the same input
-(q, k and v; gate and up) share one product for all their A's.
+have their own span of the row and their own gates: they pay for the adapters of their mix alone.
+Layers that are given the same input (q, k and v; gate and up) share one product for all their A's.
 
 DoRA stays exact. With c = magnitude / |W + b a| per output, its update is
 dW x = c * (b a x) + (c - 1) * (W x): c is folded into b when the adapter is bound to the layer,
