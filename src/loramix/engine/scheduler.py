@@ -36,7 +36,8 @@ OWN_GATES = 4000
 class Adapted(Protocol):
     """What gates are made for: `MixedModel`."""
 
-    ranks: Mapping[str, int]
+    @property
+    def ranks(self) -> Mapping[str, int]: ...
 
     def together(self, names: Iterable[str], spare: float) -> tuple[str, ...]: ...
 
