@@ -17,6 +17,7 @@ import typer
 from loramix.cli.adapters import adapters, router
 from loramix.cli.ask import ask, route
 from loramix.cli.chat import chat
+from loramix.cli.convert import convert
 from loramix.cli.demo import demo
 from loramix.cli.flags import flags
 from loramix.cli.merge import merge
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (ask, chat, route, merge, demo):
+for command in (ask, chat, route, merge, convert, demo):
     app.command()(flags(command))
 app.add_typer(adapters, name="adapters")
 app.add_typer(router, name="router")

@@ -1,4 +1,4 @@
-"""Builds a folder beside its place and renames it there when it is whole."""
+"""Builds a folder or a file beside its place and renames it there when it is whole."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loramix.errors import AdapterError
 
 @contextmanager
 def aside(place: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A path to build a folder at; it becomes `place` if the block ends well, else it is gone.
+    """A path to build at; it becomes `place` if the block ends well, else it is gone.
 
     The path does not exist yet. With `replace`, what was at `place` is removed only after the new
-    folder took its name. Raises AdapterError if `place` is taken or cannot be written.
+    one took its name. Raises AdapterError if `place` is taken or cannot be written.
     """
     if place.exists() and not replace:
         raise AdapterError(f"{place} exists; remove it first, or ask for it to be replaced.")
@@ -32,5 +32,12 @@ def aside(place: Path, *, replace: bool = False) -> Iterator[Path]:
     finally:
         if old.exists() and not place.exists():
             old.rename(place)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(new)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -51,7 +51,7 @@ def open_weights(file: Path, *, allow_pickle: bool = False) -> Opened:
     if not head:
         raise FormatError(f"{file} is empty; fetch it again.")
     if head.startswith(b"GGUF"):
-        raise FormatError(f"{file} is a GGUF file; give the PEFT folder it was converted from.")
+        raise FormatError(f"{file} is a GGUF file; turn it into PEFT with `loramix convert`.")
     if file.suffix == ".safetensors":
         return _open_safe(file)
     if file.suffix in PICKLE_SUFFIXES:

@@ -1,0 +1,75 @@
+"""Writes a GGUF file tensor by tensor: never more than one of them in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter, quants
+from torch import Tensor
+
+from loramix.formats.aside import aside
+
+KINDS = {
+    "f32": Kind.F32,
+    "f16": Kind.F16,
+    "bf16": Kind.BF16,
+    "q8_0": Kind.Q8_0,
+    "q4_0": Kind.Q4_0,
+}
+BYTES = np.dtype(np.uint8)
+BLOCK = 1 << 22  # values encoded at once, as rounding takes several copies of them
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the file: what it is called, and how it is made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    make: Callable[[], Tensor]
+
+
+def write_gguf(
+    file: Path, architecture: str, describe: Callable[[GGUFWriter], None], entries: Iterable[Entry]
+) -> None:
+    """Write what `describe` adds and then each entry; the file appears whole or not at all.
+
+    Raises AdapterError if it exists or cannot be written.
+    """
+    entries = list(entries)
+    with aside(file) as place, closing(GGUFWriter(place, architecture)) as writer:
+        describe(writer)
+        for entry in entries:
+            shape = quants.quant_shape_to_byte_shape(entry.shape, entry.kind)
+            size = math.prod(shape)
+            writer.add_tensor_info(entry.name, shape, BYTES, size, raw_dtype=entry.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            writer.write_tensor_data(encode(entry.make(), entry.kind))
+
+
+def encode(tensor: Tensor, kind: Kind) -> np.ndarray[Any, Any]:
+    """The bytes of a tensor, rounded once from the precision it comes in."""
+    if tensor.dim() < 2:
+        return _encode(tensor, kind)
+    rows = max(1, BLOCK // tensor.shape[1])
+    blocks = [_encode(block, kind) for block in tensor.split(rows)]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+def _encode(tensor: Tensor, kind: Kind) -> np.ndarray[Any, Any]:
+    tensor = tensor.detach().cpu().contiguous()
+    if kind == Kind.BF16:
+        return tensor.to(torch.bfloat16).view(torch.uint8).numpy()
+    return quants.quantize(tensor.float().numpy(), kind)
