@@ -56,14 +56,12 @@ def _is_model(source: str) -> bool:
 def _convert_model(source: str, out: Path, kind: str | None) -> None:
     if out.suffix != ".gguf":
         raise BadRequest(f"{source} is a whole model, which becomes a .gguf file; not {out}.")
-    from transformers import AutoTokenizer
-
-    from loramix.formats.checkpoint import open_checkpoint
+    from loramix.formats.checkpoint import open_checkpoint, open_tokenizer
     from loramix.formats.gguf.model import write_model
 
     checkpoint = open_checkpoint(source)
     with notice(f"Converting {source} ..."):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        tokenizer = open_tokenizer(checkpoint.folder)
         write_model(checkpoint, tokenizer, out, kind=kind or "f16", tell=_tell)
 
 

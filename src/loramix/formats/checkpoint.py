@@ -14,7 +14,7 @@ from loramix.errors import BaseError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 POCKET = Path(__file__).parents[1] / "pocket" / "base"  # as in base.py, which loads torch
 INDEX = "model.safetensors.index.json"
@@ -75,6 +75,20 @@ def open_checkpoint(source: str) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise BaseError(f"{source} has no config.json; expected the folder of a whole model.")
     return Checkpoint(folder, open_config(str(folder)), _files(folder))
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model's weights. Raises BaseError."""
+    from transformers import AutoTokenizer
+
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
+    except Exception as error:  # whatever transformers makes of somebody else's files
+        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+        raise BaseError(f"Cannot read the tokenizer in {folder}: {reason}") from error
+    return found
 
 
 def _files(folder: Path) -> dict[str, Path]:

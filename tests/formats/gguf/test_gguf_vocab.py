@@ -45,15 +45,18 @@ def byte_level(*before, regex=True, ignore_merges=False, normalizer=None):
     return finish(tokenizer)
 
 
-def sentencepiece(prepend=True):
+def sentencepiece(prepend=True, closed=True):
     """As Llama 2's was converted, or Gemma's, which puts no blank before a text."""
     pairs = [("h", "e"), ("l", "l"), ("▁", "t"), ("▁t", "he"), ("▁", "a"), ("o", "n"), ("he", "r")]
     pairs += [("▁a", "n"), ("▁an", "d"), ("e", "r"), ("t", "h"), ("th", "er"), ("▁", "▁")]
-    letters = sorted({c for c in "".join(TEXTS) if c.isascii() and c > " "} | {"▁"})
-    letters = [c for c in letters if c not in "<>"]
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    words += [*("".join(p) for p in pairs), *letters]
+    plain = {c for c in "".join(TEXTS) if c.isascii() and c > " "}
+    letters = sorted((plain - {"<", ">"}) | {"▁"})
+    made = ["".join(pair) for pair in pairs]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *made, *letters]
     vocab = {word: i for i, word in enumerate(words)}
+    if closed:
+        cuts = ((word[:i], word[i:]) for word in made for i in range(1, len(word)))
+        pairs = [(a, b) for a, b in cuts if a in vocab and b in vocab]
     bpe = models.BPE(vocab, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer(bpe)
     replace = normalizers.Replace(" ", "▁")
@@ -84,17 +87,17 @@ MADE = {
 }
 
 
-def server(tokenizer, folder, family="llama"):
-    family_model(family, vocab_size=len(tokenizer) + 3).save_pretrained(folder / "model")
+def write(tokenizer, folder):
+    family_model("llama", vocab_size=len(tokenizer) + 3).save_pretrained(folder / "model")
     checkpoint = open_checkpoint(str(folder / "model"))
     write_model(checkpoint, tokenizer, folder / "m.gguf", kind="f16")
-    return LlamaCpp(folder / "m.gguf")
+    return folder / "m.gguf"
 
 
 @pytest.mark.parametrize("made", MADE)
 def test_llama_cpp_makes_the_same_tokens(made, tmp_path):
     tokenizer = MADE[made]()
-    theirs = server(tokenizer, tmp_path)
+    theirs = LlamaCpp(write(tokenizer, tmp_path))
     for text in TEXTS:
         assert theirs.tokenize(text) == tokenizer(text)["input_ids"], text
 
@@ -108,10 +111,13 @@ def test_real_tokenizers(name, data_dir, tmp_path):
             target.write_bytes(source.read())
     (tmp_path / "tokenizer" / "tokenizer.model").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    theirs = server(tokenizer, tmp_path)
-    for text in (*TEXTS, *("".join(TEXTS[i:]) for i in range(4))):
-        plain = text.replace("</s>", "<s>") if name == "gpt2" else text
-        assert theirs.tokenize(plain) == tokenizer(plain)["input_ids"], plain
+    theirs = LlamaCpp(write(tokenizer, tmp_path))
+    raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if name == "llama2":  # transformers leaves out the blank before a text that begins with some
+        raw = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    plain = [text for text in TEXTS if "</s>" not in text]
+    for text in (*plain, *("".join(plain[i:]) for i in range(4))):
+        assert theirs.tokenize(text) == raw.encode(text).ids, text
     shutil.rmtree(tmp_path)
 
 
@@ -138,8 +144,7 @@ def test_what_tokens_are_and_what_surrounds_a_prompt(tmp_path):
     assert kinds["[PAD329]"] == TokenType.UNUSED
     assert (words.adds, words.special["eos"]) == ({"bos": True, "eos": False}, 2)
     plain = tiny_tokenizer()
-    server(plain, tmp_path)
-    fields = GGUFReader(tmp_path / "m.gguf").fields
+    fields = GGUFReader(write(plain, tmp_path)).fields
     assert fields["tokenizer.chat_template"].contents() == plain.chat_template
     assert not fields["tokenizer.ggml.add_bos_token"].contents()
 
@@ -153,6 +158,7 @@ REFUSED = {
     "splits text": lambda: byte_level(split(r"\p{N}{1,2}"), regex=False),
     r"splits text \(Whitespace, ByteLevel\)": lambda: byte_level(pre_tokenizers.Whitespace()),
     "normaliser Lowercase": lambda: byte_level(normalizer=normalizers.Lowercase()),
+    "never joins 'h' and 'er' to 'her'": lambda: sentencepiece(closed=False),
     "ignore_merges is True": lambda: byte_level(ignore_merges=True),
 }
 

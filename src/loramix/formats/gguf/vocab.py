@@ -25,6 +25,11 @@ _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?" + _TAIL % r"\p{N}{1,3}"
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?" + _TAIL % r"\p{N}"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
+FIRST = (
+    "llama.cpp puts a blank after special tokens and before leading blanks too, this tokenizer "
+    "only where a text begins with another character."
+)
+
 Tell = Callable[[str], None]
 
 
@@ -124,10 +129,23 @@ def _types(tree: Mapping[str, Any], tokens: list[str], spm: bool) -> list[TokenT
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """Earlier merges win: minus the rank of the first merge that makes a token."""
+    """Earlier merges win: minus the rank of the first merge that makes a token.
+
+    llama.cpp joins any two tokens that make a third. So do merges that were taken from a
+    SentencePiece model; FormatError for others.
+    """
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
+    known, made = set(tokens), set(merges)
+    for text in ranks:
+        halves = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+        for left, right in halves:
+            if left in known and right in known and (left, right) not in made:
+                raise FormatError(
+                    f"This tokenizer never joins {left!r} and {right!r} to {text!r}, llama.cpp "
+                    f"would: it was not made from a SentencePiece model."
+                )
     return [-float(ranks.get(text, len(merges) if len(text) > 1 else 0)) for text in tokens]
 
 
@@ -191,7 +209,7 @@ def _space_prefix(tree: Mapping[str, Any], tell: Tell) -> bool:
         return True
     schemes = [step["prepend_scheme"] for step in splits if step["type"] == "Metaspace"]
     if "first" in schemes:
-        tell("llama.cpp puts a blank after special tokens too, this tokenizer before a text only.")
+        tell(FIRST)
     return any(scheme != "never" for scheme in schemes)
 
 

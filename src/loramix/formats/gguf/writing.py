@@ -63,8 +63,9 @@ def encode(tensor: Tensor, kind: Kind) -> np.ndarray[Any, Any]:
     """The bytes of a tensor, rounded once from the precision it comes in."""
     if tensor.dim() < 2:
         return _encode(tensor, kind)
-    rows = max(1, BLOCK // tensor.shape[1])
-    blocks = [_encode(block, kind) for block in tensor.split(rows)]
+    step = max(1, BLOCK // tensor.shape[1])
+    starts = range(0, len(tensor), step)
+    blocks = [_encode(tensor[start : start + step], kind) for start in starts]
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
