@@ -15,6 +15,13 @@
     - Busy                   the queue is full
   * MergeError             updates, settings or a base that cannot be merged exactly
   * TrainError             training data or settings that cannot work
+  * ServeError             what a server refuses, or cannot do now
+    - TooLarge               a body beyond the limit
+    - NotAllowed             another key is needed
+    - TookTooLong            the time for a request is over
+    - RouterFailed           the router broke: nothing is answered in its stead
+    - Ending                 the server is shutting down
+    - StorageFailed          the disk does not take what is to be kept
 
 A message says what happened, what was expected, and what to do next, in one line. The command
 line prints it and exits 1; the server sends it as OpenAI error JSON with `status`. Nothing else
@@ -66,13 +73,16 @@ class BaseError(LoramixError): ...
 class RouteError(LoramixError): ...
 
 
-class EngineError(LoramixError): ...
+class EngineError(LoramixError):
+    status = 500
 
 
-class BadRequest(EngineError): ...
+class BadRequest(EngineError):
+    status = 400
 
 
-class TooLong(EngineError): ...
+class TooLong(EngineError):
+    status = 400
 
 
 class Busy(EngineError):
@@ -85,3 +95,33 @@ class MergeError(LoramixError): ...
 
 
 class TrainError(LoramixError): ...
+
+
+class ServeError(LoramixError): ...
+
+
+class TooLarge(ServeError):
+    status = 413
+
+
+class NotAllowed(ServeError):
+    status = 403
+
+
+class TookTooLong(ServeError):
+    status = 504
+
+
+class RouterFailed(ServeError):
+    status = 503
+
+
+class Ending(ServeError):
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down; send the request again when it is back.")
+
+
+class StorageFailed(ServeError):
+    status = 507

@@ -263,10 +263,12 @@ def check_mix(mix: str, library: Library) -> None:
 def as_messages(prompt: Prompt) -> tuple[Message, ...]:
     """A text as one user turn, a conversation as it is; BadRequest if nobody could answer it."""
     turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-    if not turns or turns[-1].role != "user":
+    if not turns or turns[-1].role not in ("user", "tool"):
         raise BadRequest("A conversation must end with a user's message; add the question.")
+    if not any(turn.role == "user" for turn in turns):
+        raise BadRequest("A conversation needs a user's message; add the question.")
     for turn in turns:
-        if turn.role != "assistant":
+        if turn.role in ("system", "user"):
             _check_text(turn.content)
     return turns
 

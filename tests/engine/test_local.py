@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import math
 import threading
 import time
 from dataclasses import replace
@@ -852,9 +853,11 @@ def test_a_prompts_own_tokens_have_log_probabilities_too(step_tokens):
         rest = base.tokenizer.decode(prompt[cut:])
         score = engine.score([Request(prompt[:cut], MIXES[2])], [rest])[0]
     for answer in answers:
-        assert [p.token for p in answer.prompt_logprobs] == list(prompt[1:])
-        assert all(p.top[0][1] >= p.value - 1e-5 for p in answer.prompt_logprobs)
-        assert sum(p.value for p in answer.prompt_logprobs[cut - 1 :]) == pytest.approx(score, 1e-4)
+        first, *others = answer.prompt_logprobs
+        assert (first.token, first.top, math.isnan(first.value)) == (prompt[0], (), True)
+        assert [p.token for p in others] == list(prompt[1:])
+        assert all(p.top[0][1] >= p.value - 1e-5 for p in others)
+        assert sum(p.value for p in others[cut - 1 :]) == pytest.approx(score, 1e-4)
     assert chunks[0].prompt_logprobs == answers[0].prompt_logprobs
     assert not any(chunk.prompt_logprobs for chunk in chunks[1:])
 

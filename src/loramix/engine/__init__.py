@@ -38,7 +38,7 @@ class Sampling:
     frequency_penalty: float = 0.0  # taken off for each time that it was said
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added, by token
     logprobs: int | None = None  # how many alternatives to report beside each token's own
-    prompt_logprobs: int | None = None  # the same for the prompt's tokens, from its second on
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
     schema: str | None = None  # a JSON schema that the whole answer follows
 
     def __post_init__(self) -> None:
@@ -125,7 +125,7 @@ class Chunk:
     num_prompt_tokens: int = 0  # set on the last chunk, as in `Answer`
     logprobs: tuple[LogProb, ...] = ()  # of these tokens, if asked for
     index: int = 0  # of the answer, where a request has several
-    prompt_logprobs: tuple[LogProb, ...] = ()  # of the prompt's second token on; on the first chunk
+    prompt_logprobs: tuple[LogProb, ...] = ()  # on the first chunk, as in `Answer`
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Answer:
     num_kept_tokens: int = 0  # of these, computed under another mix (`history="keep"`)
     logprobs: tuple[LogProb, ...] = ()  # of each token, if asked for
     index: int = 0  # where a request has several
-    prompt_logprobs: tuple[LogProb, ...] = ()  # of the prompt's second token on, if asked for
+    prompt_logprobs: tuple[LogProb, ...] = ()  # of each token, if asked for; the first one's is NaN
 
     @property
     def num_tokens(self) -> int:
@@ -151,6 +151,7 @@ class Answer:
 class Statistics:
     """What an engine is doing, and has done since it was opened."""
 
+    is_open: bool = True
     running: tuple[Mix, ...] = ()  # one for each answer at work
     waiting: tuple[Mix, ...] = ()
     adapters: tuple[str, ...] = ()  # in memory
@@ -168,11 +169,17 @@ class Engine(Protocol):
     def base_id(self) -> str:
         """What clients call the bare base by."""
 
-    def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """The text of each token by itself; what is no whole character reads U+FFFD."""
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens read as, special ones included; what is no whole character reads U+FFFD."""
 
     def statistics(self) -> Statistics:
         """A moment's view, from any thread."""
+
+    def forget(self, name: str) -> None:
+        """An adapter of the library changed or left: read it anew when a mix next names it.
+
+        Requests at work keep the content they began with.
+        """
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer all requests as one running batch; the `n` answers of each, in order."""

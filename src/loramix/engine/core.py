@@ -51,6 +51,10 @@ class Core:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_open(self) -> bool:
+        return not self._closed
+
     def close(self) -> None:
         """Fail what is unfinished, end the thread, give the model back as it was."""
         with self._lock:

@@ -17,11 +17,14 @@ class FakeEngine:
 
     base_id = "fake"
 
-    def pieces(self, tokens: Sequence[int]) -> list[str]:
-        return [f"{token} " for token in tokens]
+    def text(self, tokens: Sequence[int]) -> str:
+        return " ".join(map(str, tokens))
 
     def statistics(self) -> Statistics:
         return Statistics()
+
+    def forget(self, name: str) -> None:
+        """It knows no adapters."""
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         return [

@@ -13,7 +13,6 @@ import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -31,7 +30,7 @@ from loramix.engine.residents import Resident
 from loramix.engine.sampler import Sampler, end_tokens
 from loramix.engine.scheduler import Reader, Scheduler, Task
 from loramix.engine.text import Detokenizer, StopStrings
-from loramix.errors import BadRequest, Busy, EngineError, TooLong
+from loramix.errors import BadRequest, Busy, EngineError, TooLong, UnknownAdapter
 from loramix.library import Library
 
 GIB = 1 << 30
@@ -133,14 +132,14 @@ class LocalEngine:
         """What clients call the bare base by."""
         return self.base.id
 
-    def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """The text of each token by itself; what is no whole character reads U+FFFD."""
-        decode = partial(self.base.tokenizer.decode, clean_up_tokenization_spaces=False)
-        return [str(decode([token])) for token in tokens]
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens read as, special ones included; what is no whole character reads U+FFFD."""
+        return str(self.base.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def statistics(self) -> Statistics:
         """A moment's view, from any thread."""
-        return self._scheduler.statistics(self.adapters)
+        moment = self._scheduler.statistics(self.adapters)
+        return replace(moment, is_open=self._core.is_open)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -163,6 +162,11 @@ class LocalEngine:
         One that the library holds is read again when a mix names it.
         """
         self._loaded.remove(name)
+
+    def forget(self, name: str) -> None:
+        """Read an adapter anew when a mix next names it; nothing if it is not in memory."""
+        with contextlib.suppress(UnknownAdapter):
+            self.remove(name)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer all requests as one running batch; wait while the queue is full.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -97,12 +98,16 @@ class Writer:
 
 
 class Echo:
-    """Notes how likely a prompt's own tokens are, from its second one on; then a writer goes on."""
+    """Notes how likely a prompt's own tokens are; then a writer goes on.
+
+    Nothing comes before the first one, so its log-probability is NaN.
+    """
 
     def __init__(self, prompt: Sequence[int], num_top: int, writer: Writer) -> None:
         self._left = list(prompt[1:])
         self._num_top = num_top
         self._writer = writer
+        self._writer.prompt_logprobs = (LogProb(prompt[0], math.nan, ()),)
 
     @property
     def finished(self) -> bool:

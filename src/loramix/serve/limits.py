@@ -16,6 +16,7 @@ class Limits:
 
     body_bytes: int = 8 * MIB  # of any request but an upload; 413 beyond
     upload_bytes: int = 2048 * MIB  # of an adapter's files together; 413 beyond
+    answer_tokens: int = 1024  # of an answer whose length the client leaves open
     n: int = 16  # answers to one request, over all its prompts; 400 beyond
     timeout_s: float = 600.0  # from a request's arrival to its last token; 504 beyond
     shutdown_s: float = 10.0  # how long answers under way may go on once the server shall end

@@ -2,26 +2,98 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter, time
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from loramix.lm import LM
+from loramix.errors import NotAllowed, UnknownAdapter
+from loramix.lm import LM, has_router
+from loramix.mix import Mix
 from loramix.serve.limits import Limits
+from loramix.serve.meter import Meter
+
+
+@dataclass(slots=True)
+class Live:
+    """What changes while the server runs."""
+
+    default: str = ""  # the mix of requests that name none; "" is auto with a router, else base
+    numbered: list[str] = field(default_factory=list)  # adapters by the number clients know them by
+    hidden: set[str] = field(default_factory=set)  # adapters that were unloaded, not deleted
+    is_ending: bool = False
+    started: int = field(default_factory=lambda: int(time()))
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
     """A model, where its conversations and keys are kept, and how it is to be served.
 
-    A module of `serve` has `router = APIRouter()`; its handlers take `service: Serving`.
+    A module of `serve` has `router = APIRouter()`; its handlers take `service: Serving`,
+    `caller: Asking` and `trip: Way`.
     """
 
     lm: LM
     store: None = None  # a loramix.store.Store
     settings: None = None  # a loramix.serve.settings.Settings
     limits: Limits = Limits()
+    roots: tuple[Path, ...] = ()  # folders from which adapters may be loaded by path
+    log_prompts: bool = False
+    meter: Meter = field(default_factory=Meter)
+    live: Live = field(default_factory=Live)
+
+    @property
+    def default_mix(self) -> str:
+        return self.live.default or ("auto" if has_router(self.lm.library) else "base")
+
+    def names(self) -> list[str]:
+        """The adapters on offer."""
+        return [name for name in self.lm.library.names() if name not in self.live.hidden]
+
+    def numbers(self) -> dict[int, str]:
+        """The adapters on offer by number; one keeps its number while the server runs."""
+        known, numbered = self.names(), self.live.numbered
+        numbered += [name for name in known if name not in numbered]
+        return {number: name for number, name in enumerate(numbered) if name in known}
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and what they may."""
+
+    name: str = ""  # of the key
+    is_admin: bool = True
+    adapters: frozenset[str] | None = None  # those that may be used; None is all
+
+    def names(self, service: Service) -> list[str]:
+        """The adapters on offer to this caller."""
+        return [n for n in service.names() if self.adapters is None or n in self.adapters]
+
+    def require(self, mix: Mix, service: Service) -> None:
+        """UnknownAdapter for what is not there, and for what this caller need not know of."""
+        known = self.names(service)
+        for name in mix:
+            if name not in known:
+                raise UnknownAdapter(name, known)
+
+    def require_admin(self) -> None:
+        if not self.is_admin:
+            raise NotAllowed("This needs an admin's key; the one given is a user's.")
+
+
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """One request's way through the server; `facts` is what its line in the log will say."""
+
+    trace: str
+    started: float = field(default_factory=perf_counter)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def age_s(self) -> float:
+        return perf_counter() - self.started
 
 
 async def _of_app(request: Request) -> Service:
@@ -29,4 +101,24 @@ async def _of_app(request: Request) -> Service:
     return service
 
 
+async def _of_request(request: Request) -> Caller:
+    """The caller that access control left with the request; without keys, whoever reaches us."""
+    caller: Caller = getattr(request.state, "caller", None) or Caller()
+    return caller
+
+
+async def _trip(request: Request) -> Trip:
+    trip: Trip = request.state.trip
+    return trip
+
+
 Serving = Annotated[Service, Depends(_of_app)]
+Asking = Annotated[Caller, Depends(_of_request)]
+Way = Annotated[Trip, Depends(_trip)]
+
+
+async def _admin(caller: Asking) -> None:
+    caller.require_admin()
+
+
+ADMIN = [Depends(_admin)]  # for routes that change what is served

@@ -1,0 +1,292 @@
+"""Adapters come and go while the server runs: llama.cpp's way, vLLM's, and by upload.
+
+Everything here is for admins. Paths are read inside the configured roots only; uploads are files of
+known names. An adapter is tried in the engine before it gets its name, so what is served stays
+served if the new one is no good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from loramix.adapter import Card
+from loramix.engine import Request as Question
+from loramix.engine import Sampling
+from loramix.errors import AdapterError, BadRequest, StorageFailed, UnknownAdapter
+from loramix.formats.card import write_card
+from loramix.formats.folder import CARD, CONFIG, SAFE
+from loramix.mix import Mix, check_name
+from loramix.serve.failures import Plain, body
+from loramix.serve.naming import model_mix, scaled
+from loramix.serve.service import ADMIN, Asking, Service, Serving
+from loramix.serve.wire import LoraScale, Wire
+
+router = APIRouter(tags=["Adapters"], dependencies=ADMIN)
+FILES = (CONFIG, CARD, *SAFE)
+
+
+class LlamaAdapter(BaseModel):
+    """As llama.cpp lists them; `path` is the name, as places on the server are its own."""
+
+    id: int
+    name: str
+    path: str
+    scale: float
+    task_name: str = ""
+    prompt_prefix: str = ""
+
+
+@router.get("/lora-adapters")
+async def list_scales(service: Serving, caller: Asking) -> list[LlamaAdapter]:
+    """The weights that requests get which name no mix: zeros while the router chooses."""
+    default = model_mix(service.default_mix, service, caller)
+    weights = Mix() if default == "auto" else default
+    return [
+        LlamaAdapter(id=number, name=name, path=name, scale=weights.get(name, 0.0))
+        for number, name in service.numbers().items()
+    ]
+
+
+@router.post("/lora-adapters")
+async def set_scales(scales: list[LoraScale], service: Serving, caller: Asking) -> dict[str, bool]:
+    """Set the mix of requests that name none; adapters that are not listed get zero."""
+    mix = scaled(scales, service)
+    caller.require(mix, service)
+    service.live.default = str(mix)
+    return {"success": True}
+
+
+class LoadAsked(Wire):
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+    is_3d_lora_weight: bool | None = None  # of fused experts, whose form is read from the file
+
+
+class UnloadAsked(Wire):
+    lora_name: str = ""
+    lora_int_id: int | None = None  # vLLM's own number, which names say better
+
+
+@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+async def load(asked: LoadAsked, service: Serving) -> Response:
+    """vLLM's: take in an adapter from a folder inside the configured roots."""
+    name = asked.lora_name
+    if not name or not asked.lora_path:
+        return _vllm(400, "Both 'lora_name' and 'lora_path' must be provided.")
+    if not asked.load_inplace and name in service.names():
+        return _vllm(
+            400,
+            f"The lora adapter '{name}' has already been loaded. If you want to load the adapter "
+            f"in place, set 'load_inplace' to True.",
+        )
+    replace = asked.load_inplace or name in service.live.hidden
+    await _take_in(service, _inside(asked.lora_path, service.roots), name, replace=replace)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+async def unload(asked: UnloadAsked, service: Serving) -> Response:
+    """vLLM's: offer an adapter no more. Its files stay, and it is back after a restart."""
+    name = asked.lora_name
+    if not name:
+        return _vllm(400, "'lora_name' needs to be provided to unload a LoRA adapter.")
+    if name not in service.names():
+        return _vllm(404, f"The lora adapter '{name}' cannot be found.")
+    service.live.hidden.add(name)
+    service.lm.engine.forget(name)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+class CardBody(BaseModel):
+    """An adapter's card, and whether it is in memory."""
+
+    name: str
+    description: str
+    skills: list[str]
+    examples: list[str]
+    weight: float
+    base: str
+    base_fingerprint: str
+    licence: str
+    scores: dict[str, float]
+    in_memory: bool
+
+
+class AdapterList(BaseModel):
+    data: list[CardBody]
+    damaged: dict[str, str]
+
+
+class CardPatch(Wire):
+    description: str | None = None
+    skills: list[str] | None = None
+    examples: list[str] | None = None
+    weight: float | None = None
+    licence: str | None = None
+
+
+@router.get("/v1/adapters")
+async def list_cards(service: Serving) -> AdapterList:
+    """All that are whole, and what is wrong with the rest."""
+    cards = [_body(card, service) for card in service.lm.library.cards()]
+    return AdapterList(data=cards, damaged=service.lm.library.damaged())
+
+
+@router.get("/v1/adapters/{name}")
+async def show(name: str, service: Serving) -> CardBody:
+    return _body(service.lm.library.card(name), service)
+
+
+@router.patch("/v1/adapters/{name}")
+async def change(name: str, patch: CardPatch, service: Serving) -> CardBody:
+    """Change what the card says; the fields that are not sent stay."""
+    library = service.lm.library
+    said = patch.model_dump(exclude_none=True)
+    if not said:
+        raise BadRequest("The patch says nothing; send the fields of the card that change.")
+    lists = {key: tuple(value) for key, value in said.items() if isinstance(value, list)}
+    card = dataclasses.replace(library.card(name), **(said | lists))
+    with _kept():
+        write_card(card, library.path(name))
+    return _body(card, service)
+
+
+@router.delete("/v1/adapters/{name}")
+async def delete(name: str, service: Serving) -> dict[str, str]:
+    """Delete an adapter's files. Answers that use it go on; nobody can ask for it any more."""
+    with _kept():
+        await asyncio.to_thread(service.lm.library.remove, name)
+    service.lm.engine.forget(name)
+    return {"deleted": name}
+
+
+_UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["files"],
+                    "properties": {
+                        "files": {"type": "array", "items": {"type": "string", "format": "binary"}}
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/v1/adapters/{name}/files", openapi_extra=_UPLOAD)
+async def upload(name: str, request: Request, service: Serving, replace: bool = False) -> CardBody:
+    """Take in an adapter from the files of its folder: PEFT's or MLX's, with a card or without."""
+    check_name(name)
+    if name in service.lm.library.names() and not replace:
+        raise BadRequest(f"There is an adapter {name!r} already; ask for replace=true, or rename.")
+    with _kept(), tempfile.TemporaryDirectory(prefix="loramix-") as folder:
+        await _receive(request, Path(folder))
+        await _take_in(service, Path(folder), name, replace=replace)
+    return _body(service.lm.library.card(name), service)
+
+
+async def _receive(request: Request, folder: Path) -> None:
+    """Write the files of a form into a folder; BadRequest for any that it should not hold."""
+    try:
+        form = await request.form(max_files=len(FILES), max_fields=0)
+    except HTTPException as error:
+        if error.status_code == 413:
+            raise
+        raise BadRequest(f"The form cannot be read ({error.detail}); send files only.") from error
+    try:
+        parts = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+        names = [part.filename for part in parts]
+        if not names or len(set(names)) < len(names) or not set(names) <= set(FILES):
+            raise BadRequest(
+                f"The upload holds {', '.join(repr(n) for n in names)[:200] or 'no files'}; "
+                f"expected some of {', '.join(FILES)}, each once."
+            )
+        for part in parts:
+            with (folder / str(part.filename)).open("wb") as file:
+                await asyncio.to_thread(shutil.copyfileobj, part.file, file)
+    finally:
+        await form.close()
+
+
+async def _take_in(service: Service, folder: Path, name: str, *, replace: bool) -> None:
+    """Add an adapter to the library once the engine has answered with it, or leave all as it was.
+
+    It has another name while it is tried, and is on offer under its own only afterwards.
+    """
+    check_name(name)
+    library, engine = service.lm.library, service.lm.engine
+    trial = f"trial-{token_hex(6)}"
+    service.live.hidden.add(trial)
+    try:
+        with _kept():
+            await asyncio.to_thread(library.add, folder, name=trial)
+            token = Question((0,), Mix({trial: 1}), Sampling(temperature=0, max_tokens=1))
+            await asyncio.to_thread(engine.generate, [token])
+            adapter = await asyncio.to_thread(library.load, trial)
+            card = dataclasses.replace(library.card(trial), name=name)
+            named = dataclasses.replace(adapter, name=name, card=card)
+            await asyncio.to_thread(library.put, named, replace=replace)
+    finally:
+        engine.forget(trial)
+        with contextlib.suppress(UnknownAdapter):
+            await asyncio.to_thread(library.remove, trial)
+        service.live.hidden.discard(trial)
+    service.live.hidden.discard(name)
+    engine.forget(name)
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    """StorageFailed where the disk is at fault and not the adapter."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(f"The server cannot write this: {error.strerror or error}.") from error
+    except AdapterError as error:
+        if isinstance(error.__cause__, OSError):
+            raise StorageFailed(str(error)) from error
+        raise
+
+
+def _inside(path: str, roots: tuple[Path, ...]) -> Path:
+    """A client's path, if it lies in a root; what it links to must, too."""
+    for root in roots:
+        place = (root / path).resolve()
+        if place.is_relative_to(root.resolve()) and place.exists():
+            return place
+    raise BadRequest(
+        f"lora_path is {path[:200]!r}, which is no folder inside this server's roots; put the "
+        f"adapter there, or upload it."
+    )
+
+
+def _body(card: Card, service: Service) -> CardBody:
+    loaded = service.lm.engine.statistics().adapters
+    return CardBody.model_validate({**dataclasses.asdict(card), "in_memory": card.name in loaded})
+
+
+def _vllm(status: int, message: str) -> Response:
+    """An error with the type that vLLM gives it."""
+    content = body(status, message)
+    content["error"]["type"] = "NotFoundError" if status == 404 else "InvalidUserInput"
+    return Plain(content, status)

@@ -1,0 +1,75 @@
+"""The server: its routes, its errors, its beginning and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from importlib.metadata import version
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from loramix.errors import LoramixError
+from loramix.serve import adapters, metrics, openai, routing
+from loramix.serve.door import Door
+from loramix.serve.failures import (
+    FAILURES,
+    on_bug,
+    on_http_error,
+    on_invalid,
+    on_loramix_error,
+)
+from loramix.serve.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """The service behind HTTP. The service is the caller's to close."""
+    app = FastAPI(
+        title="loramix",
+        version=version("loramix"),
+        description="One frozen base language model, many LoRA adapters, a mix for each request.",
+        responses=FAILURES,
+    )
+    app.state.service = service
+    for part in (openai, adapters, routing, metrics):
+        app.include_router(part.router)
+    app.add_middleware(Door, service=service)
+    app.add_exception_handler(LoramixError, on_loramix_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
+    return app
+
+
+class Server(uvicorn.Server):
+    """Ends in two steps: answers under way may go on for a while, then each gets a last event."""
+
+    def __init__(self, service: Service, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.live.is_ending = True
+        ending = asyncio.create_task(self._end())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end(self) -> None:
+        await asyncio.sleep(self._service.limits.shutdown_s)
+        await asyncio.to_thread(self._service.lm.close)
+
+
+def server(service: Service, host: str = "127.0.0.1", port: int = 8000) -> Server:
+    """A server that is not started; `run` does that and blocks until it is told to end."""
+    config = uvicorn.Config(
+        create_app(service),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(service.limits.shutdown_s) + 5,
+    )
+    return Server(service, config)

@@ -1,0 +1,62 @@
+"""A real server on a free port, for as long as a block lasts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from loramix.serve.app import Server, server
+from loramix.serve.service import Service
+
+
+@dataclass(frozen=True)
+class Front:
+    """A running server and a client of it."""
+
+    service: Service
+    server: Server
+    http: httpx.Client
+    url: str
+
+    def post(self, path: str, **body: object) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def chat(self, text: str = "hi", **body: object) -> httpx.Response:
+        messages = [{"role": "user", "content": text}]
+        defaults = {"messages": messages, "model": "base", "temperature": 0, "max_tokens": 8}
+        return self.post("/v1/chat/completions", **(defaults | body))
+
+    def complete(self, prompt: object = "the cat", **body: object) -> httpx.Response:
+        defaults = {"prompt": prompt, "model": "base", "temperature": 0, "max_tokens": 8}
+        return self.post("/v1/completions", **(defaults | body))
+
+
+@contextmanager
+def running(service: Service) -> Iterator[Front]:
+    made = server(service, port=0)
+    thread = threading.Thread(target=made.run, daemon=True)
+    thread.start()
+    wait_for(lambda: made.started or not thread.is_alive())
+    port = made.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, timeout=60) as http:
+        try:
+            yield Front(service, made, http, url)
+        finally:
+            made.should_exit = True
+            http.close()
+            thread.join(timeout=30)
+            assert not thread.is_alive()
+
+
+def wait_for(true: object, seconds: float = 20) -> None:
+    assert callable(true)
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.005)
