@@ -22,6 +22,7 @@
     - RouterFailed           the router broke: nothing is answered in its stead
     - Ending                 the server is shutting down
     - StorageFailed          the disk does not take what is to be kept
+  * SearchError            rows or settings that no mix can be searched with
 
 A message says what happened, what was expected, and what to do next, in one line. The command
 line prints it and exits 1; the server sends it as OpenAI error JSON with `status`. Nothing else
@@ -125,3 +126,4 @@ class Ending(ServeError):
 
 class StorageFailed(ServeError):
     status = 507
+class SearchError(LoramixError): ...

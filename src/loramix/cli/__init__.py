@@ -21,6 +21,7 @@ from loramix.cli.convert import convert
 from loramix.cli.demo import demo
 from loramix.cli.flags import flags
 from loramix.cli.merge import merge
+from loramix.cli.search import search
 from loramix.errors import LoramixError
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (ask, chat, route, merge, convert, demo):
+for command in (ask, chat, route, merge, convert, demo, search):
     app.command()(flags(command))
 app.add_typer(adapters, name="adapters")
 app.add_typer(router, name="router")

@@ -7,7 +7,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from loramix.chat import Example, Message
 from loramix.errors import BadRequest
 
 
@@ -44,17 +46,53 @@ def read_examples(path: Path) -> Mapping[str, Sequence[str]]:
     return examples
 
 
+def read_answered(path: Path) -> list[Example]:
+    """Rows with their answers, from lines with "query" and "answer", or with "messages".
+
+    A row may name the "adapter" it belongs to. Raises BadRequest, naming the line.
+    """
+    return [_example(line, f"Item {n} of {path}") for n, line in enumerate(read_lines(path), 1)]
+
+
+def _example(line: str, where: str) -> Example:
+    row = _object(line, where)
+    turns = row.get("messages", [])
+    if "messages" not in row:
+        turns = [
+            {"role": "user", "content": row.get("query")},
+            {"role": "assistant", "content": row.get("answer")},
+        ]
+    try:
+        messages = tuple(Message(**turn) for turn in turns)
+    except TypeError as error:
+        raise BadRequest(f"{where}: {error}; a message has a role and a content.") from error
+    asked = any(m.role == "user" for m in messages) and messages[-1].role == "assistant"
+    if not asked or any(not isinstance(m.content, str) or not m.content for m in messages):
+        raise BadRequest(
+            f"{where} is no question with an answer; expected text as query and answer, or "
+            f"messages that end with the assistant's."
+        )
+    return Example(messages, str(row.get("adapter", "")))
+
+
 def _rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
     return [_row(line, keys, f"Item {n} of {path}") for n, line in enumerate(read_lines(path), 1)]
 
 
 def _row(line: str, keys: tuple[str, ...], where: str) -> dict[str, str]:
+    row = _object(line, where)
+    if any(not isinstance(row.get(key), str) for key in keys):
+        raise BadRequest(f"{where} lacks text; expected an object with {' and '.join(keys)}.")
+    return row
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise BadRequest(
             f"{where} is not JSON ({error.msg}); expected one object a line."
         ) from error
-    if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in keys):
-        raise BadRequest(f"{where} lacks text; expected an object with {' and '.join(keys)}.")
+    if not isinstance(row, dict):
+        raise BadRequest(f"{where} is {type(row).__name__}; expected one object a line.")
     return row

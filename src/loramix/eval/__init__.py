@@ -1,0 +1,1 @@
+"""How good answers are: metrics, and what a search can minimise."""
