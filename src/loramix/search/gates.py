@@ -8,9 +8,10 @@ adapter is sum_t (B^T G_t) . (A x_t) over layers and tokens: it costs what the r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from loramix.search import Losses, Points
 
-IGNORED = -100  # the label of a token that is read and not judged
 CPU_TOKENS, TOKENS = 2048, 16384  # of a pass: a CPU is fastest while its caches hold them
 
 
@@ -139,30 +139,33 @@ class GateLoss:
     def _nats(self, rows: Sequence[Row], weights: Tensor) -> Tensor:
         """Minus the log-likelihood of each row's answer, [N], under weights [N, P].
 
-        Rows are padded on the left, so that their answers end together and logits are needed of the
-        last positions only.
+        Rows are padded on the right: attention is causal, so no token sees its padding.
         """
-        longest, judged = max(len(r.ids) for r in rows), max(r.num_judged for r in rows)
-        ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
-        labels = torch.full((len(rows), judged), IGNORED)
+        ids = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.long)
+        judged = torch.zeros_like(ids, dtype=torch.bool)  # where the next token is
         for n, row in enumerate(rows):
-            ids[n, longest - len(row.ids) :] = torch.tensor(row.ids)
-            mask[n, longest - len(row.ids) :] = 1
-            labels[n, judged - row.num_judged :] = ids[n, longest - row.num_judged :]
-        device = weights.device
-        with self._mixed.active.using(Gates(self._names, weights[:, None])):
-            logits = self._mixed.model(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
-                logits_to_keep=judged + 1,
-                use_cache=False,
-            ).logits[:, :-1]
-        flat = logits.flatten(0, 1).to(weights.dtype)
-        nats = F.cross_entropy(
-            flat, labels.flatten().to(device), ignore_index=IGNORED, reduction="none"
-        )
-        return nats.view_as(labels).sum(1)
+            ids[n, : len(row.ids)] = torch.tensor(row.ids)
+            judged[n, row.answer_at - 1 : len(row.ids) - 1] = True
+        targets = torch.cat([torch.tensor(row.ids[row.answer_at :]) for row in rows])
+        device, active = weights.device, self._mixed.active
+        with (
+            _head_sees(self._mixed.model, judged),
+            active.using(Gates(self._names, weights[:, None])),
+        ):
+            logits = self._mixed.model(input_ids=ids.to(device), use_cache=False).logits
+        nats = F.cross_entropy(logits.to(weights.dtype), targets.to(device), reduction="none")
+        return torch.stack([part.sum() for part in nats.split([row.num_judged for row in rows])])
+
+
+@contextmanager
+def _head_sees(model: Any, judged: Tensor) -> Iterator[None]:
+    """The output layer computes the judged positions [N, T] alone: logits are [tokens, V]."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0][judged], *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _row(base: Base, example: Example) -> Row:
