@@ -15,6 +15,7 @@
     - Busy                   the queue is full
   * MergeError             updates, settings or a base that cannot be merged exactly
   * TrainError             training data or settings that cannot work
+  * SearchError            rows or settings that no mix can be searched with
   * ServeError             what a server refuses, or cannot do now
     - TooLarge               a body beyond the limit
     - NotAllowed             another key is needed
@@ -22,7 +23,6 @@
     - RouterFailed           the router broke: nothing is answered in its stead
     - Ending                 the server is shutting down
     - StorageFailed          the disk does not take what is to be kept
-  * SearchError            rows or settings that no mix can be searched with
 
 A message says what happened, what was expected, and what to do next, in one line. The command
 line prints it and exits 1; the server sends it as OpenAI error JSON with `status`. Nothing else
@@ -98,6 +98,9 @@ class MergeError(LoramixError): ...
 class TrainError(LoramixError): ...
 
 
+class SearchError(LoramixError): ...
+
+
 class ServeError(LoramixError): ...
 
 
@@ -126,4 +129,3 @@ class Ending(ServeError):
 
 class StorageFailed(ServeError):
     status = 507
-class SearchError(LoramixError): ...

@@ -154,7 +154,8 @@ class GateLoss:
         ):
             logits = self._mixed.model(input_ids=ids.to(device), use_cache=False).logits
         nats = F.cross_entropy(logits.to(weights.dtype), targets.to(device), reduction="none")
-        return torch.stack([part.sum() for part in nats.split([row.num_judged for row in rows])])
+        parts = nats.split_with_sizes([row.num_judged for row in rows])
+        return torch.stack([part.sum() for part in parts])
 
 
 @contextmanager
