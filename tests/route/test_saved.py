@@ -114,7 +114,8 @@ def test_a_flipped_byte_is_an_error_of_one_line(folder: Path, name: str, place: 
 
 
 @pytest.mark.parametrize(
-    "change", [{"adapters": ["baking"]}, {"temperature": None}, {"top": "two"}, {"abstain": []}]
+    "change",
+    [{"adapters": ["baking"]}, {"blend": {"share": None}}, {"top": "two"}, {"abstain": []}],
 )
 def test_facts_that_do_not_fit_the_arrays_are_damage(
     folder: Path, change: dict[str, object]
@@ -166,7 +167,7 @@ def test_vectors_are_kept_so_nothing_is_encoded_twice(tmp_path: Path) -> None:
 def test_blending_uses_both_halves() -> None:
     router = fitted(train(), encoder=Letters())
     assert router.gate.vectors is not None
-    assert 0 < router.gate.share < 1
+    assert 0 < router.gate.blend.share < 1
     hits = [router.route([Message("user", q)]).mix for q in QUERIES]
     own = [name for name, group in held_out().items() for _ in group]
     assert np.mean([str(h) == o for h, o in zip(hits, own, strict=True)]) > 0.8

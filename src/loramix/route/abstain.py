@@ -13,15 +13,18 @@ rows, a share `keep` stays above it. It needs no out-of-scope data, and is set f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import NamedTuple, cast
 
 import numpy as np
 
+from loramix.errors import RouteError
 from loramix.route.ngrams import Floats, Ints
 
 NEIGHBOURS = 5
+STEADY = 5  # rows below a threshold that make it one adapter's own
 UNFITTED = (1.0, 0.0, 0.0, 0.0, 0.0)  # weights of the signs when no row could be held out
 SIGNS = ("odds against the background", "odds of the best", "lead", "nearest", "five nearest")
 
@@ -92,19 +95,49 @@ def fit_abstain(
 def with_keep(abstain: Abstain, scores: Floats, labels: Ints, keep: float) -> Abstain:
     """The same score with thresholds for another target, from held-out rows' scores and adapters.
 
-    An adapter with too few rows for its own quantile gets the one of all rows together, or even
-    odds if that is lower.
+    An adapter with too few rows for a steady quantile of its own gets the one of all rows
+    together, and one with too few for any, even odds if that is lower.
     """
-    pooled = min(conformal(scores, keep), 0.0) if enough(scores, keep) else 0.0
-    groups = [scores[labels == adapter] for adapter in range(len(abstain.thresholds))]
-    thresholds = [conformal(mine, keep) if enough(mine, keep) else pooled for mine in groups]
-    kept = scores >= np.asarray(thresholds)[labels] if len(labels) else np.ones(1, bool)
-    return Abstain(abstain.weights, abstain.bias, tuple(thresholds), keep, float(kept.mean()))
+    pooled = conformal(scores, keep) if enough(scores, keep) else 0.0
+
+    def threshold(mine: Floats) -> float:
+        if enough(mine, keep, below=STEADY):
+            return conformal(mine, keep)
+        return pooled if enough(mine, keep) else min(pooled, 0.0)
+
+    adapters = range(len(abstain.thresholds))
+    thresholds = tuple(threshold(scores[labels == adapter]) for adapter in adapters)
+    return replace(
+        abstain, thresholds=thresholds, keep=keep, coverage=_covered(scores, labels, thresholds)
+    )
 
 
-def enough(scores: Floats, keep: float) -> bool:
-    """Whether there are scores below which a share 1 - keep of fresh ones can be said to fall."""
-    return (len(scores) + 1) * (1 - keep) >= 1
+def with_recall(
+    abstain: Abstain, scores: Floats, labels: Ints, foreign: Floats, recall: float
+) -> Abstain:
+    """The same score with one threshold that a share `recall` of foreign queries stays below.
+
+    `keep` becomes the share of the adapters' own held-out rows that this leaves to them.
+    """
+    rank = math.ceil((len(foreign) + 1) * recall)
+    if rank > len(foreign):
+        raise RouteError(
+            f"{len(foreign)} foreign queries are too few to recall {recall:.1%} of them; give at "
+            f"least {math.ceil(recall / (1 - recall))}."
+        )
+    threshold = float(np.nextafter(np.sort(foreign)[rank - 1], np.float32(np.inf)))
+    thresholds = (threshold,) * len(abstain.thresholds)
+    covered = _covered(scores, labels, thresholds)
+    return replace(abstain, thresholds=thresholds, keep=covered, coverage=covered)
+
+
+def _covered(scores: Floats, labels: Ints, thresholds: Sequence[float]) -> float:
+    return float(np.mean(scores >= np.asarray(thresholds)[labels])) if len(labels) else 1.0
+
+
+def enough(scores: Floats, keep: float, below: int = 1) -> bool:
+    """Whether `below` scores or more lie under the threshold that keeps this share of them."""
+    return (len(scores) + 1) * (1 - keep) >= below
 
 
 def conformal(scores: Floats, keep: float) -> float:

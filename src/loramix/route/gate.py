@@ -29,11 +29,16 @@ from loramix.mix import Mix
 from loramix.route import Decision, to_mix
 from loramix.route.abstain import (
     NEIGHBOURS,
+    SIGNS,
     Abstain,
     Evidence,
     background,
     conformal,
     enough,
+    fit_abstain,
+    signs,
+    with_keep,
+    with_recall,
 )
 from loramix.route.blend import Gate, look, place
 from loramix.route.encode import Encoder, default_encoder
@@ -87,12 +92,11 @@ class GateRouter:
     def _fitted(
         cls, rows: Rows, ngrams: NgramEncoder, encoder: Encoder | None, keep: float, top: int
     ) -> GateRouter:
-        if not 0 < keep < 1:
-            raise RouteError(f"keep is a share between 0 and 1; got {keep}.")
+        _share("keep", keep)
         if top < 1:
             raise RouteError(f"top is the number of adapters in a mix, at least 1; got {top}.")
-        share, temperature, abstain = calibrate(rows, keep)
-        gate = fit_gate(rows, share=share, temperature=temperature)
+        start, abstain = calibrate(rows, keep)
+        gate = fit_gate(rows, start)
         return cls(
             adapters=rows.adapters,
             examples=rows.examples(),
@@ -157,6 +161,46 @@ class GateRouter:
             thresholds[name] = conformal(scores, self.keep)
         abstain = replace(self.abstain, thresholds=tuple(thresholds.values()))
         return replace(self, abstain=abstain)
+
+    def calibrated(
+        self,
+        own: Mapping[str, Sequence[str]],
+        foreign: Sequence[str] = (),
+        *,
+        keep: float | None = None,
+        oos_recall: float | None = None,
+    ) -> GateRouter:
+        """The same gate, leaving queries to the base by a target on rows it has not learned.
+
+        `keep` is the share of `own` that must stay (default: as before); `oos_recall` is the share
+        of `foreign` that must go to the base, and replaces it. Foreign queries also teach the
+        in-scope score anew. `abstain.coverage` is then the share of `own` that stays. None of the
+        rows is stored. Raises UnknownAdapter, and RouteError for targets the rows cannot settle.
+        """
+        if unknown := sorted(own.keys() - {*self.adapters}):
+            raise UnknownAdapter(unknown[0], self.adapters)
+        texts = [text for name in self.adapters for text in own.get(name, ())]
+        labels = np.repeat(
+            np.arange(len(self.adapters)), [len(own.get(name, ())) for name in self.adapters]
+        )
+        if not texts or (oos_recall is not None and not foreign):
+            raise RouteError("Expected held-out queries, and foreign ones for oos_recall.")
+        share = _share("keep", self.keep if keep is None else keep)
+        mine, theirs = self._signs(texts), self._signs(foreign)
+        abstain = self.abstain
+        if len(theirs):
+            abstain = fit_abstain(mine, labels, theirs, adapters=len(self.adapters), keep=share)
+        scores = abstain.of_signs(mine)
+        if oos_recall is None:
+            return replace(self, abstain=with_keep(abstain, scores, labels, share))
+        recall = _share("oos_recall", oos_recall)
+        found = with_recall(abstain, scores, labels, abstain.of_signs(theirs), recall)
+        return replace(self, abstain=found)
+
+    def _signs(self, texts: Sequence[str]) -> Floats:
+        if not texts:
+            return np.zeros((0, len(SIGNS)), np.float32)
+        return signs(look(read(texts, self.ngrams, self.encoder), self.gate, self.neighbours))
 
     def _refitted(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
         foreign = examples[""]
@@ -251,6 +295,12 @@ class GateRouter:
         evidence = dict(zip(labels, totals.tolist(), strict=True))
         ranked = sorted(evidence, key=lambda label: (-evidence[label], label))
         return [label for label in ranked[:count] if evidence[label] > 0]
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 < value < 1:
+        raise RouteError(f"{name} is a share between 0 and 1; got {value}.")
+    return value
 
 
 def _short(text: str, width: int = 80) -> str:

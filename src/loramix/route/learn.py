@@ -4,82 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from loramix.route.abstain import Abstain, fit_abstain, signs
-from loramix.route.blend import Gate, blend, look, place
+from loramix.route.blend import Blend, Gate, Voices, look, place
+from loramix.route.kernel import MOST_ROWS, Kernel, fit_kernel
 from loramix.route.neighbours import Neighbours
 from loramix.route.ngrams import Floats, Ints, Vocabulary
 from loramix.route.rows import FOLDS, Batch, Mask, Rows
-from loramix.route.softmax import fit_softmax
+from loramix.route.softmax import Softmax, fit_softmax
 
 CROSS_FIT = 1000  # with fewer rows of adapters, every row is held out once; else one fold is
 STORED = {False: 300, True: 2000}  # examples kept as neighbours, without and with sentence vectors
-LEFT_OUT = 600  # rows of each adapter in the refits that leave some adapters out
+LEFT_OUT = 6000  # rows of adapters, about, in the refits that leave some adapters out
+FEW_FOREIGN = 1000  # background rows that a trial learns from at least
 STRENGTH = 20.0  # of the data against the regulariser
-FIT_STEPS, REFIT_STEPS = 100, 30
+FIT_STEPS, REFIT_STEPS, UNAWARE_STEPS = 40, 40, 10
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the n-grams in the blend, tried on held-out rows
+KERNELS = (0.0, 0.5, 1.0)  # of the kernel in the rest
+USUAL = 0.9  # of own rows have at most the usual share of unknown n-grams
 TEMPERATURES = tuple(float(t) for t in np.geomspace(0.3, 3, 24))
 
 
 class Calibration(NamedTuple):
     """What held-out rows decide."""
 
-    share: float
-    temperature: float
+    gate: Gate  # fitted on some of the rows, calibrated
     abstain: Abstain
 
 
-def fit_gate(rows: Rows, *, share: float = 1.0, temperature: float = 1.0) -> Gate:
-    """Fit both halves from nothing."""
+def fit_gate(rows: Rows, start: Gate | None = None) -> Gate:
+    """Fit all voices, from nothing or from a gate that was fitted on some of the rows."""
     vocabulary = Vocabulary.fit(rows.batch.counts, rare=rows.scarce())
-    return _fit_halves(rows, vocabulary, None, share, temperature)
+    if start is None:
+        start = Gate(vocabulary, Softmax.blank(len(vocabulary.columns), rows.none + 1))
+        gate = _fit_voices(rows, start, STRENGTH, FIT_STEPS)
+        few = rows.counts().sum() <= MOST_ROWS
+        return replace(gate, kernel=_kernel(rows)) if few and gate.vectors else gate
+    return _fit_voices(rows, start.over(vocabulary), STRENGTH, REFIT_STEPS)
 
 
-def refit_gate(rows: Rows, start: Gate) -> Gate:
-    """Fit a gate with the classes, the vocabulary and the calibration of another, in few steps."""
-    return _fit_halves(rows, start.vocabulary, start, start.share, start.temperature)
+def _fit_voices(rows: Rows, start: Gate, strength: float, steps: int) -> Gate:
+    """The start's vocabulary, classes and blend; weights for these rows."""
+    vectors, vocabulary = rows.batch.vectors, start.vocabulary
+    fit = partial(fit_softmax, labels=rows.labels, strength=strength, steps=steps)
+    ngrams = fit(vocabulary.weigh(rows.batch.counts), start=start.ngrams)
+    if vectors is None:
+        return replace(start, ngrams=ngrams)
+    first = start.vectors or Softmax.blank(vectors.shape[1], rows.none + 1)
+    kernel = _kernel(rows) if start.kernel else None
+    return replace(start, ngrams=ngrams, vectors=fit(vectors, start=first), kernel=kernel)
 
 
-def _fit_halves(
-    rows: Rows, vocabulary: Vocabulary, start: Gate | None, share: float, temperature: float
-) -> Gate:
-    steps = REFIT_STEPS if start else FIT_STEPS
-    ngrams = fit_softmax(
-        vocabulary.weigh(rows.batch.counts),
-        rows.labels,
-        len(vocabulary.columns),
-        strength=STRENGTH,
-        start=start.ngrams if start else None,
-        steps=steps,
-    )
-    if (vectors := rows.batch.vectors) is None:
-        return Gate(vocabulary, ngrams, None, 1.0, temperature)
-    dense = fit_softmax(
-        vectors,
-        rows.labels,
-        vectors.shape[1],
-        strength=STRENGTH,
-        start=start.vectors if start else None,
-        steps=steps,
-    )
-    return Gate(vocabulary, ngrams, dense, share, temperature)
+def _kernel(rows: Rows) -> Kernel:
+    own = np.flatnonzero(rows.labels < rows.none)
+    assert rows.batch.vectors is not None
+    return fit_kernel(rows.batch.vectors[own], rows.labels[own], rows.none)
 
 
 def calibrate(rows: Rows, keep: float) -> Calibration:
     """Choose what the gate leaves open by how a gate without them treats held-out rows."""
     folds = range(FOLDS) if rows.counts().sum() < CROSS_FIT else range(1)
     trials = [Trial.of(rows, fold) for fold in folds]
-    share, temperature = _sharpen(trials)
-    trials = [trial.calibrated(share, temperature) for trial in trials]
+    blend = _choose(trials)
+    trials = [replace(trial, gate=replace(trial.gate, blend=blend)) for trial in trials]
     own = [trial.signs(trial.held.labels < rows.none) for trial in trials]
     far = [trial.signs(trial.held.labels == rows.none) for trial in trials]
     labels = np.concatenate([t.held.labels[t.held.labels < rows.none] for t in trials])
     foreign = np.concatenate([*far, *trials[0].left_out()])
     abstain = fit_abstain(np.concatenate(own), labels, foreign, adapters=rows.none, keep=keep)
-    return Calibration(share, temperature, abstain)
+    return Calibration(trials[0].gate, abstain)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,13 +91,9 @@ class Trial:
     @classmethod
     def of(cls, rows: Rows, fold: int) -> Trial:
         mask = rows.fold(fold)
-        fitted, held = rows.take(np.flatnonzero(~mask)), rows.take(np.flatnonzero(mask))
+        fitted, held = rows.take(_balanced(rows, ~mask)), rows.take(np.flatnonzero(mask))
         gate = fit_gate(fitted)
         return cls(gate, fitted, held, store(fitted, gate))
-
-    def calibrated(self, share: float, temperature: float) -> Trial:
-        gate = replace(self.gate, share=share, temperature=temperature)
-        return replace(self, gate=gate)
 
     def signs(self, mask: Mask) -> Floats:
         return signs_of(self.held.take(np.flatnonzero(mask)).batch, self.gate, self.neighbours)
@@ -112,27 +105,55 @@ class Trial:
         return [self._unaware(group) for group in groups if len(group) < len(adapters)]
 
     def _unaware(self, group: Ints) -> Floats:
-        others = self.fitted.without(group, limit=LEFT_OUT)
-        gate = refit_gate(others, self.gate.without(group))
+        left = len(self.fitted.adapters) - len(group)
+        others = self.fitted.without(group, limit=-(-LEFT_OUT // left))
+        strength = STRENGTH * len(self.fitted.labels) / len(others.labels)
+        gate = _fit_voices(others, self.gate.without(group), strength, UNAWARE_STEPS)
         unseen = self.held.take(np.flatnonzero(np.isin(self.held.labels, group))).batch
         return signs_of(unseen, gate, self.neighbours.without(group))
 
 
-def _sharpen(trials: Sequence[Trial]) -> tuple[float, float]:
-    """The blend and temperature with the best balanced likelihood of the held-out rows."""
+def _balanced(rows: Rows, mask: Mask) -> Ints:
+    """The rows under a mask, with no more of the background than of all adapters together."""
+    own = np.flatnonzero(mask & (rows.labels < rows.none))
+    background = np.flatnonzero(mask & (rows.labels == rows.none))
+    return np.concatenate([own, background[: max(len(own), FEW_FOREIGN)]])
+
+
+def _choose(trials: Sequence[Trial]) -> Blend:
+    """The blend with the best balanced likelihood of the held-out rows."""
     labels = np.concatenate([trial.held.labels for trial in trials])
-    halves = [trial.gate.halves(trial.held.batch) for trial in trials]
-    sparse = np.concatenate([half[0] for half in halves])
-    dense = [half[1] for half in halves if half[1] is not None]
-    joined = np.concatenate(dense) if dense else None
+    voices = _together([trial.gate.voices(trial.held.batch) for trial in trials])
+    own = labels < voices.ngrams.shape[1] - 1
+    if not len(labels):
+        return Blend() if voices.vectors is None else Blend(share=SHARES[0])
+    usual = float(np.quantile(voices.unknown[own], USUAL)) if own.any() else 1.0
     balance = 1 / np.maximum(np.bincount(labels), 1)[labels]
 
-    def loss(share: float, temperature: float) -> float:
-        log_probs = blend((sparse, joined), share, temperature)
+    def loss(blend: Blend) -> float:
+        log_probs = blend(voices)
         return -float((balance * log_probs[np.arange(len(labels)), labels]).sum())
 
-    grid = [(s, t) for s in (SHARES if dense else (1.0,)) for t in TEMPERATURES]
-    return min(grid, key=lambda point: loss(*point)) if len(labels) else (grid[0][0], 1.0)
+    shares = (1.0,) if voices.vectors is None else SHARES
+    kernels = (0.0,) if voices.kernel is None else KERNELS
+    rough = [Blend(s, k, t, usual) for s in shares for k in kernels for t in TEMPERATURES[::4]]
+    best = min(rough, key=loss)
+    return min((replace(best, temperature=t) for t in TEMPERATURES), key=loss)
+
+
+def _together(parts: Sequence[Voices]) -> Voices:
+    """The voices of several trials as one; a voice that one of them lacks is left out."""
+
+    def whole(column: Sequence[Floats | None]) -> Floats | None:
+        there = [part for part in column if part is not None]
+        return np.concatenate(there) if len(there) == len(column) else None
+
+    return Voices(
+        np.concatenate([part.ngrams for part in parts]),
+        np.concatenate([part.unknown for part in parts]),
+        whole([part.vectors for part in parts]),
+        whole([part.kernel for part in parts]),
+    )
 
 
 def signs_of(batch: Batch, gate: Gate, neighbours: Neighbours) -> Floats:

@@ -53,6 +53,11 @@ class Sparse(NamedTuple):
     def take(self, rows: Iterable[int]) -> Sparse:
         return Sparse.of([self.row(i) for i in rows])
 
+    def squares(self) -> Floats:
+        """The squared length of each row, [N]."""
+        row = np.repeat(np.arange(self.num_rows), np.diff(self.starts))
+        return np.bincount(row, self.values**2, minlength=self.num_rows).astype(np.float32)
+
     def dot(self, weights: Floats) -> Floats:
         """[N, D] @ [D, K]"""
         terms = self.values[:, None] * weights[self.columns]

@@ -11,6 +11,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ import numpy as np
 from loramix.errors import RouteError
 from loramix.formats.aside import aside
 from loramix.route.abstain import Abstain
-from loramix.route.blend import Gate
+from loramix.route.blend import Blend, Gate
 from loramix.route.encode import MINILM_PACKAGE, MINILM_SHA256, Encoder, MiniLmEncoder
 from loramix.route.gate import GateRouter
+from loramix.route.kernel import Kernel
 from loramix.route.neighbours import Neighbours
 from loramix.route.ngrams import Floats, NgramEncoder, Sparse, Vocabulary
 from loramix.route.softmax import Softmax
 
-FORMAT = 1
+FORMAT = 2  # 1 had no kernel, and one share for all texts
 DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 FACTS, ARRAYS, EXAMPLES = "router.json", "arrays.npz", "examples.json.gz"
 
@@ -65,8 +67,7 @@ def _facts(router: GateRouter) -> dict[str, Any]:
         "adapters": list(router.adapters),
         "examples": {name: len(texts) for name, texts in router.examples.items() if name},
         "top": router.top,
-        "share": router.gate.share,
-        "temperature": router.gate.temperature,
+        "blend": asdict(router.gate.blend),
         "abstain": {
             "weights": list(abstain.weights),
             "bias": abstain.bias,
@@ -92,6 +93,8 @@ def _arrays(router: GateRouter) -> dict[str, Any]:
         found["vectors_weights"] = gate.vectors.weights.astype(np.float16)
         found["vectors_bias"] = gate.vectors.bias
         found["vectors"] = router.vectors.astype(np.float16)
+        if gate.kernel is not None:
+            found["kernel"] = gate.kernel.weights
     elif isinstance(near.rows, Sparse):
         found["near_starts"] = near.rows.starts.astype(np.uint32)
         found["near_columns"] = near.rows.columns.astype(np.uint32)
@@ -117,13 +120,26 @@ def _router(
         adapters=adapters,
         examples=texts,
         vectors=vectors,
-        gate=Gate(vocabulary, ngrams, dense, float(facts["share"]), float(facts["temperature"])),
+        gate=Gate(vocabulary, ngrams, dense, _kernel(arrays, vectors), _blend(facts)),
         neighbours=_neighbours(arrays, adapters, texts, vectors),
         abstain=_abstain(facts["abstain"]),
         ngrams=NgramEncoder(facts["bits"]),
         encoder=encoder,
         top=int(facts["top"]),
     )
+
+
+def _blend(facts: Mapping[str, Any]) -> Blend:
+    if facts["format"] == 1:
+        return Blend(share=float(facts["share"]), temperature=float(facts["temperature"]))
+    return Blend(**{name: float(value) for name, value in facts["blend"].items()})
+
+
+def _kernel(arrays: Mapping[str, Any], vectors: Floats | None) -> Kernel | None:
+    """Its rows are the vectors of the adapters' examples, which come before the background's."""
+    if vectors is None or "kernel" not in arrays:
+        return None
+    return Kernel(vectors[: len(arrays["kernel"])], arrays["kernel"])
 
 
 def _neighbours(
@@ -162,8 +178,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise RouteError(
             f"No router in {folder}: expected {FACTS}; fit one from the adapters' examples."
         ) from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise RouteError(f"{path} has a format other than {FORMAT}; fit the router again.")
+    if not isinstance(facts, dict) or facts.get("format") not in (1, FORMAT):
+        raise RouteError(f"{path} has a format other than 1 or {FORMAT}; fit the router again.")
     return facts
 
 

@@ -22,6 +22,11 @@ class Softmax:
     weights: Floats  # [D, K]
     bias: Floats  # [K]
 
+    @classmethod
+    def blank(cls, width: int, classes: int) -> Softmax:
+        """Every class alike."""
+        return cls(np.zeros((width, classes), np.float32), np.zeros(classes, np.float32))
+
     def log_probs(self, rows: Rows) -> Floats:
         """[N, K]"""
         products = rows.dot(self.weights) if isinstance(rows, Sparse) else rows @ self.weights
@@ -40,24 +45,18 @@ def log_softmax(logits: NDArray[np.floating[Any]]) -> Floats:
 
 
 def fit_softmax(
-    rows: Rows,
-    labels: Ints,
-    width: int,
-    *,
-    strength: float,
-    start: Softmax | None = None,
-    steps: int = 50,
+    rows: Rows, labels: Ints, start: Softmax, *, strength: float, steps: int = 50
 ) -> Softmax:
     """Minimise strength * (balanced negative log-likelihood) + |weights|^2 / 2.
 
     Every class weighs the same however many rows it has, so a big data set cannot swamp a small
-    one. `width` is D; the classes are 0 ... max(labels), each with a row at least. Deterministic.
+    one. `start` has a column per class, each of which has a row at least. Deterministic.
     """
     counts = np.bincount(labels)
     classes = len(counts)
     balance = (strength * len(labels) / (classes * counts[labels])).astype(np.float32)[:, None]
     target = np.eye(classes, dtype=np.float32)[labels]
-    data, transposed = _operators(rows, width)
+    data, transposed = _operators(rows, len(start.weights))
 
     def loss(packed: Floats) -> tuple[float, Floats]:
         weights, bias = packed[:-1], packed[-1]
@@ -67,8 +66,7 @@ def fit_softmax(
         nll = -float((balance * target * log_probs).sum(dtype=np.float64))
         return nll + 0.5 * float(np.vdot(weights, weights)), slope
 
-    first = start or Softmax(np.zeros((width, classes), np.float32), np.zeros(classes, np.float32))
-    found = minimise(loss, np.vstack([first.weights, first.bias]), steps)
+    found = minimise(loss, np.vstack([start.weights, start.bias]), steps)
     return Softmax(found[:-1], found[-1])
 
 
@@ -77,7 +75,7 @@ def minimise(
     x: Floats,
     steps: int,
     *,
-    memory: int = 6,
+    memory: int = 4,
     tolerance: float = 1e-5,
 ) -> Floats:
     """L-BFGS (Liu & Nocedal 1989) in float32, halving steps that do not descend.
