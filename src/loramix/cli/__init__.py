@@ -18,10 +18,12 @@ from loramix.cli.adapters import adapters, router
 from loramix.cli.ask import ask, route
 from loramix.cli.chat import chat
 from loramix.cli.convert import convert
+from loramix.cli.data import data
 from loramix.cli.demo import demo
 from loramix.cli.flags import flags
 from loramix.cli.merge import merge
 from loramix.cli.search import search
+from loramix.cli.train import train
 from loramix.errors import LoramixError
 
 app = typer.Typer(
@@ -29,10 +31,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (ask, chat, route, merge, convert, demo, search):
+for command in (ask, chat, route, train, merge, convert, demo, search):
     app.command()(flags(command))
 app.add_typer(adapters, name="adapters")
 app.add_typer(router, name="router")
+app.add_typer(data, name="data")
 
 
 def _print_version(wanted: bool) -> None:

@@ -108,7 +108,7 @@ class Run:
     checkpointing: bool = False  # keep no activations between layers; a third more time
     packing: bool = False  # short rows of one expert behind each other in one
     folder: Path | None = None  # of checkpoints; goes on from the newest if there are any
-    save_every: int | None = None  # rounds; None: when an expert was validated
+    save_every: int | None = None  # rounds; None: when an expert is validated, or would be
     keep: int = 2  # newest checkpoints kept
     stopped: Callable[[], bool] = lambda: False  # asked after every round
 

@@ -130,9 +130,7 @@ class Learner:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is to be validated after the step it just made."""
-        if not self.course.validation:
-            return False
+        """Whether it is to be validated, and kept, after the step it just made."""
         settings = self.course.settings
         every = settings.validate_every or settings.steps_per_epoch(len(self.course.rows))
         return self.step % every == 0 or self.step == self.num_steps

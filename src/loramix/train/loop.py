@@ -98,33 +98,35 @@ class _Pass:
         checkpoints = Checkpoints.of(self.run, self.base, self.learners)
         self.round = checkpoints.restore() if checkpoints else 0
         while living := [learner for learner in self.learners if not learner.is_done]:
-            validated = self._round(living)
+            due = self._round(living)
             self.round += 1
             stopped = self.run.stopped()
-            due = self.round % self.run.save_every == 0 if self.run.save_every else validated
-            if checkpoints and (stopped or due):
+            if self.run.save_every:
+                due = self.round % self.run.save_every == 0
+            over = all(learner.is_done for learner in self.learners)
+            if checkpoints and (stopped or due or over):
                 checkpoints.save(self.round)
-            if stopped:
+            if stopped and not over:
                 kept = f"its state is in {self.run.folder}" if checkpoints else "nothing was kept"
                 raise Stopped(f"Training was stopped after round {self.round}; {kept}.")
 
     def _round(self, living: Sequence[Learner]) -> bool:
-        """One step of each; whether any of them was validated."""
+        """One step of each; whether any of them has reached the end of an epoch or the like."""
         torch.manual_seed(self.round)  # of dropout: a run that is taken up again draws the same
         steps = [learner.rows() for learner in living]
         means = self._gradients(living, steps)
         self.tokens += sum(len(row.ids) for step in steps for row in step)
-        validated = False
+        due = False
         for learner, loss in zip(living, means, strict=True):
             norm, rate = learner.advance()
             progress = self._progress(learner, loss, norm, rate)
-            if learner.is_due:
-                measured = self.validation_loss(learner)
+            due |= learner.is_due
+            if learner.is_due and learner.course.validation:
+                measured = validation_loss(self.mixed, learner, bf16=self.run.bf16)
                 learner.judged(measured)
                 progress = replace(progress, validation=measured)
-                validated = True
             self.report(progress)
-        return validated or any(learner.is_done for learner in living)
+        return due
 
     def _gradients(
         self, living: Sequence[Learner], steps: Sequence[Sequence[Row]]
@@ -132,9 +134,8 @@ class _Pass:
         """The mean loss of each expert's step, its gradient taken; smaller batches if need be."""
         while True:
             try:
-                return gradients(
-                    self.mixed, living, steps, replace_tokens(self.run, self.micro_tokens)
-                )
+                run = replace(self.run, micro_tokens=self.micro_tokens)
+                return gradients(self.mixed, living, steps, run)
             except RuntimeError as error:
                 if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
                     raise
@@ -165,13 +166,6 @@ class _Pass:
             epoch=learner.step / settings.steps_per_epoch(rows),
             tokens_per_s=self.tokens / (time.monotonic() - self.began),
         )
-
-    def validation_loss(self, learner: Learner) -> float:
-        return validation_loss(self.mixed, learner, bf16=self.run.bf16)
-
-
-def replace_tokens(run: Run, tokens: int) -> Run:
-    return run if run.micro_tokens == tokens else replace(run, micro_tokens=tokens)
 
 
 def gradients(

@@ -1,0 +1,238 @@
+"""`loramix train`: experts from a training file, or one from a file of rows."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Option
+
+from loramix.cli.opening import hush, import_quickly, no_collection, notice
+from loramix.cli.printing import print_table
+from loramix.errors import BadRequest
+from loramix.lm import own_library
+from loramix.train.recipe import Plan, plan, read_plan
+
+if TYPE_CHECKING:
+    from loramix.base import Base
+    from loramix.jobs import Judged, Material, Outcome
+    from loramix.train.loop import Progress
+
+# What `--data` alone means: settings that suit some hundred rows, and a tenth of them held out.
+SMALL = {
+    "lora_rank": 16,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.05,
+    "per_device_train_batch_size": 16,
+    "num_train_epochs": 3,
+    "val_size": 0.1,
+    "load_best_model_at_end": True,
+    "disable_gradient_checkpointing": True,
+    "save_strategy": "epoch",
+    "cutoff_len": 1024,
+    "plot_loss": True,
+    "seed": 0,
+}
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG.yaml] [KEY=VALUE ...]", help="Training file and changes."),
+]
+
+
+def train(
+    words: Words = None,
+    data: Annotated[Path | None, Option(help="File of rows, instead of a training file.")] = None,
+    name: Annotated[str | None, Option(help="The expert's name, with --data.")] = None,
+    base: Annotated[str, Option(help="Folder, hub id, or pocket; with --data.")] = "pocket",
+    library: Annotated[Path | None, Option(help="Folder of adapters it goes to.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be done.")] = False,
+    preview: Annotated[int, Option(help="Show so many rows, and what of them is learned.")] = 0,
+) -> None:
+    """Train one or several experts in one pass, then fit the router and compare."""
+    found = _plan(words or [], data, name, base)
+    found = found if library is None else replace(found, library=library)
+    hush(bars=sys.stderr.isatty() and found.base != "pocket")
+    from loramix.jobs import gather, learn, open_planned
+    from loramix.train.memory import estimate, num_trained
+
+    with notice(f"Opening {found.base} ..."), no_collection():
+        import_quickly()
+        opened = open_planned(found)
+    with notice("Reading rows ..."):
+        materials = gather(found, opened)
+    _tell(found, materials)
+    if preview:
+        for material in materials:
+            show_rows(opened, material, preview)
+    settings = [expert.settings for expert in found.experts]
+    longest = max(len(row.ids) for m in materials for _, row in m.learned)
+    needed = estimate(opened, settings, found.run, longest)
+    typer.echo(f"Memory: {needed}.", err=not dry_run)
+    if dry_run:
+        _print_plan(found, materials, [num_trained(opened, one) for one in settings])
+        return
+    with _stopping() as stopped, _bars() as report:
+        run = replace(found.run, stopped=stopped)
+        outcome = learn(replace(found, run=run), opened, materials, report)
+    _print_outcome(outcome)
+
+
+def _plan(words: list[str], data: Path | None, name: str | None, base: str) -> Plan:
+    files = [word for word in words if "=" not in word]
+    changes = [word for word in words if "=" in word]
+    if len(files) + (data is not None) != 1:
+        raise BadRequest("Give one training file, or --data with a file of rows.")
+    if files:
+        if name is not None:
+            raise BadRequest("--name is for --data; in a training file the key is name.")
+        return read_plan(Path(files[0]), changes)
+    if name is None:
+        raise BadRequest("--data needs --name: what the expert is to be called.")
+    output = own_library().parent / "training" / name
+    values: dict[str, Any] = {
+        **SMALL,
+        "data": str(data),
+        "name": name,
+        "model_name_or_path": base,
+        "output_dir": str(output),
+    }
+    return plan({**values, **_values(changes)})
+
+
+def _values(changes: list[str]) -> dict[str, Any]:
+    import yaml
+
+    return {word.partition("=")[0]: yaml.safe_load(word.partition("=")[2]) for word in changes}
+
+
+def show_rows(base: Base, material: Material, count: int) -> None:
+    """Rows as the model reads them; what it learns is green, or in double brackets in a pipe."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from loramix.train.data import preview
+
+    console = Console(highlight=False)
+    for sample, row in material.learned[:count]:
+        text = Text(f"{sample.file}, line {sample.line}: {len(row.ids)} tokens, ")
+        text.append(f"{row.num_learned} learned\n", "bold")
+        for piece, learned in preview(base.tokenizer, row):
+            shown = piece if console.is_terminal or not learned else f"[[{piece}]]"
+            text.append(shown, "green" if learned else "dim")
+        console.print(text, soft_wrap=True)
+
+
+def _tell(found: Plan, materials: list[Material]) -> None:
+    for note in found.notes:
+        typer.echo(note, err=True)
+    for material in materials:
+        for note in material.notes:
+            typer.echo(note, err=True)
+        if material.problems:
+            from loramix.train.dataset import listed
+
+            typer.echo(
+                f"{material.plan.name}: {len(material.problems)} rows left out: "
+                f"{listed(material.problems)}.",
+                err=True,
+            )
+
+
+def _print_plan(found: Plan, materials: list[Material], trained: list[int]) -> None:
+    print_table(
+        ("expert", "rows", "validation", "tokens", "steps", "parameters", "settings"),
+        [
+            (
+                m.plan.name,
+                str(len(m.learned)),
+                str(len(m.validation)),
+                str(sum(len(row.ids) for _, row in m.learned)),
+                str(m.plan.settings.num_steps(len(m.learned))),
+                f"{count:,}",
+                f"rank {m.plan.settings.rank}, rate {m.plan.settings.rate:g}, "
+                f"{m.plan.settings.batch_size} rows a step, {m.plan.settings.schedule}",
+            )
+            for m, count in zip(materials, trained, strict=True)
+        ],
+    )
+    typer.echo(f"Nothing was trained; without --dry-run it goes to {found.output}.")
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    for note in outcome.notes:
+        typer.echo(note, err=True)
+    names = ", ".join(adapter.name for adapter in outcome.adapters)
+    if outcome.judged:
+        titles = ("expert", "validation rows", "base", "expert alone", "routed")
+        print_table(titles, [_cells(one) for one in outcome.judged])
+        typer.echo("Nats per learned token; lower is better.", err=True)
+    typer.echo(f"{names} in {outcome.library.folder}")
+
+
+def _cells(one: Judged) -> tuple[str, ...]:
+    routed = "-" if one.routed is None else f"{one.routed:.4f}"
+    return one.name, str(one.num_rows), f"{one.base:.4f}", f"{one.expert:.4f}", routed
+
+
+@contextmanager
+def _stopping() -> Iterator[Any]:
+    """Whether the first Ctrl-C or SIGTERM came: then a checkpoint is written. The second kills."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    """A bar an expert on a terminal; a line a validation elsewhere."""
+    if not sys.stderr.isatty():
+        yield _line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[told]}"),
+    )
+    tasks: dict[str, Any] = {}
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+
+        def report(progress: Progress) -> None:
+            known = tasks.get(progress.name)
+            if known is None:
+                known = tasks[progress.name] = bars.add_task(progress.name, total=1, told="")
+            told = f"loss {progress.loss:.3f}, {progress.tokens_per_s:,.0f} tokens/s"
+            bars.update(known, completed=progress.step, total=progress.num_steps, told=told)
+
+        yield report
+
+
+def _line(progress: Progress) -> None:
+    if progress.validation is not None or progress.step == progress.num_steps:
+        held = "" if progress.validation is None else f", validation {progress.validation:.4f}"
+        typer.echo(
+            f"{progress.name} {progress.step}/{progress.num_steps}: loss {progress.loss:.4f}{held},"
+            f" {progress.tokens_per_s:,.0f} tokens/s",
+            err=True,
+        )

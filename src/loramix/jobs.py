@@ -1,0 +1,256 @@
+"""Training as a whole: rows are read, experts learned, kept, routed to and judged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loramix.adapter import Adapter, Card
+from loramix.base import Base, open_base
+from loramix.chat import Example, Message
+from loramix.errors import AdapterError
+from loramix.library import Library
+from loramix.lm import ROUTER, has_router, own_library
+from loramix.mix import Mix
+from loramix.route.gate import GateRouter
+from loramix.train.checkpoint import found
+from loramix.train.data import Row
+from loramix.train.dataset import (
+    Loaded,
+    Sample,
+    accepted,
+    load,
+    load_named,
+    split,
+    to_rows,
+)
+from loramix.train.files import Problem
+from loramix.train.learner import Course
+from loramix.train.log import TrainerLog, entries, loss_plot
+from loramix.train.loop import Progress, train
+from loramix.train.measure import mean_loss
+from loramix.train.recipe import ExpertPlan, Plan, Source
+
+LOG, PLOT = "trainer_log.jsonl", "loss.svg"
+EXAMPLES = 3  # queries that a card shows
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What one expert is learned from and judged by, and the rows that were left out."""
+
+    plan: ExpertPlan
+    learned: Sequence[tuple[Sample, Row]]
+    validation: Sequence[tuple[Sample, Row]]
+    problems: Sequence[Problem]
+    notes: Sequence[str]
+
+    @property
+    def queries(self) -> list[str]:
+        """What the router learns from: the last user turns."""
+        return [
+            sample.example.query for sample, _ in self.learned if len(sample.example.messages) > 1
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Nats per learned token of an expert's validation rows, under each choice of mix."""
+
+    name: str
+    num_rows: int
+    base: float
+    expert: float
+    routed: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run has made."""
+
+    adapters: Sequence[Adapter]
+    library: Library
+    judged: Sequence[Judged]
+    notes: Sequence[str]
+
+
+def shelf_of(plan: Plan) -> Library:
+    """The library the experts of a plan go to."""
+    return Library(plan.library or own_library())
+
+
+def gather(plan: Plan, base: Base) -> list[Material]:
+    """The rows of every expert, as tokens. TrainError if too many of them cannot be learned."""
+    return [_material(plan, expert, base) for expert in plan.experts]
+
+
+def learn(
+    plan: Plan,
+    base: Base,
+    materials: Sequence[Material],
+    report: Callable[[Progress], None] = lambda progress: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Train a plan's experts in one pass, put them on the shelf, refit the router, and judge.
+
+    Raises AdapterError before anything is learned if the library has one of these names and the
+    plan is not to overwrite it, TrainError, and Stopped.
+    """
+    shelf = shelf_of(plan)
+    _check_names(plan, shelf)
+    if plan.overwrite:
+        _forget(plan.output)
+    log = TrainerLog(plan.output / LOG, every=plan.log_every)
+
+    def told(progress: Progress) -> None:
+        log(progress)
+        report(progress)
+
+    courses = [_course(material, base) for material in materials]
+    adapters = train(base, courses, plan.run, told)
+    tell("Fitting the router ...")
+    router = _router(shelf, materials) if plan.fit_router else None
+    tell("Judging ...")
+    judged = [_judged(base, m, adapters, router) for m in materials if m.validation]
+    scores = {one.name: one for one in judged}
+    for adapter in adapters:
+        shelf.put(_scored(adapter, scores.get(adapter.name)), replace=plan.overwrite)
+    notes = []
+    if router:
+        router.save(shelf.folder / ROUTER)
+    elif plan.fit_router:
+        notes.append("The router was not fitted: these rows ask nothing.")
+    if plan.plot:
+        (plan.output / PLOT).write_text(loss_plot(entries(plan.output / LOG)), encoding="utf-8")
+    return Outcome(adapters, shelf, judged, notes)
+
+
+def open_planned(plan: Plan) -> Base:
+    return open_base(plan.base, dtype=plan.dtype, revision=plan.revision)
+
+
+def _material(plan: Plan, expert: ExpertPlan, base: Base) -> Material:
+    loaded = _read(expert.source, expert.max_samples)
+    samples = [
+        _with_system(s, plan.system)
+        for s in accepted(loaded, str(expert.source), max_bad=plan.max_bad)
+    ]
+    notes = [*loaded.notes]
+    problems = [*loaded.problems]
+    if expert.validation is not None:
+        other = _read(expert.validation, None)
+        learned: Sequence[Sample] = samples
+        checked = accepted(other, str(expert.validation), max_bad=plan.max_bad)
+        validation: Sequence[Sample] = [_with_system(s, plan.system) for s in checked]
+        problems += other.problems
+    else:
+        learned, validation = split(samples, expert.val_size, expert.settings.seed)
+    rows, bad = _tokens(plan, expert, base, learned)
+    held, held_bad = _tokens(plan, expert, base, validation)
+    cut = sum(len(row.ids) == expert.settings.max_length for _, row in rows)
+    if cut and plan.truncate:
+        notes.append(f"{cut} rows of {expert.name} fill or pass cutoff_len and may be cut.")
+    return Material(expert, rows, held, [*problems, *bad, *held_bad], notes)
+
+
+def _read(source: Source, max_rows: int | None) -> Loaded:
+    if source.file is not None:
+        return load(source.file, max_rows=max_rows)
+    return load_named(source.names, source.folder, max_rows=max_rows)
+
+
+def _tokens(
+    plan: Plan, expert: ExpertPlan, base: Base, samples: Sequence[Sample]
+) -> tuple[list[tuple[Sample, Row]], list[Problem]]:
+    if not samples:
+        return [], []
+    rows, problems = to_rows(
+        base.tokenizer,
+        samples,
+        min(expert.settings.max_length, base.context),
+        learned=plan.learned,
+        template=plan.template,
+        truncate=plan.truncate,
+    )
+    accepted(Loaded([s for s, _ in rows], problems), str(expert.source), max_bad=plan.max_bad)
+    return rows, problems
+
+
+def _with_system(sample: Sample, system: str) -> Sample:
+    messages = sample.example.messages
+    if not system or messages[0].role == "system" or len(messages) == 1:
+        return sample
+    return replace(sample, example=Example((Message("system", system), *messages)))
+
+
+def _course(material: Material, base: Base) -> Course:
+    expert = material.plan
+    card = Card(
+        name=expert.name,
+        description=expert.description or f"Learned from {expert.source}.",
+        examples=tuple(dict.fromkeys(material.queries))[:EXAMPLES],
+        base=base.id,
+        base_fingerprint=base.fingerprint,
+    )
+    rows, validation = ([r for _, r in part] for part in (material.learned, material.validation))
+    return Course(card, rows, validation, expert.settings)
+
+
+def _check_names(plan: Plan, shelf: Library) -> None:
+    taken = sorted({expert.name for expert in plan.experts} & {*shelf.names()})
+    if taken and not plan.overwrite:
+        raise AdapterError(
+            f"The library {shelf.folder} has {', '.join(taken)} already; give another name, or "
+            f"overwrite it (overwrite_output_dir=true)."
+        )
+
+
+def _forget(output: Path) -> None:
+    for place in found(output):
+        shutil.rmtree(place)
+    (output / LOG).unlink(missing_ok=True)
+
+
+def _router(shelf: Library, materials: Sequence[Material]) -> GateRouter | None:
+    """The library's router once it knows the new experts too."""
+    queries = {m.plan.name: m.queries for m in materials if m.queries}
+    if not queries:
+        return None
+    if not has_router(shelf):
+        return GateRouter.fit(queries)
+    known = GateRouter.load(shelf.folder / ROUTER)
+    for name, own in queries.items():
+        known = known.add(name, own)
+    return known
+
+
+def _judged(
+    base: Base, material: Material, adapters: Sequence[Adapter], router: GateRouter | None
+) -> Judged:
+    rows = [row for _, row in material.validation]
+    own = Mix({material.plan.name: 1.0})
+    routed = None
+    if router and all(len(s.example.messages) > 1 for s, _ in material.validation):
+        mixes = [router.route(s.example.messages[:-1]).mix for s, _ in material.validation]
+        here = {adapter.name for adapter in adapters}
+        if all(set(mix) <= here for mix in mixes):
+            routed = mean_loss(base, adapters, rows, mixes)
+    return Judged(
+        name=material.plan.name,
+        num_rows=len(rows),
+        base=mean_loss(base, adapters, rows, [Mix()] * len(rows)),
+        expert=mean_loss(base, adapters, rows, [own] * len(rows)),
+        routed=routed,
+    )
+
+
+def _scored(adapter: Adapter, judged: Judged | None) -> Adapter:
+    if judged is None:
+        return adapter
+    scores: Mapping[str, float] = {
+        "validation_loss": round(judged.expert, 4),
+        "base_loss": round(judged.base, 4),
+    }
+    return replace(adapter, card=replace(adapter.card, scores=scores))

@@ -1,0 +1,281 @@
+"""A training file as a plan: which experts, from which rows, learned how.
+
+    model_name_or_path: pocket
+    output_dir: build/experts
+    learning_rate: 1.0e-3                      # for all of them
+    experts:
+      support: {data: support.jsonl}
+      math: {data: math.jsonl, lora_rank: 32}  # and each its own
+
+Without `experts` the file is LLaMA-Factory's, and trains one. Paths are taken from where the
+command runs, as there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loramix.errors import TrainError
+from loramix.mix import check_name, slug
+from loramix.train.config import Run, Settings
+from loramix.train.data import Learned
+from loramix.train.dataset import MAX_BAD
+from loramix.train.keys import check_keys
+
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "inverse_sqrt": "inverse_sqrt",
+}
+OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "sgd": "sgd",
+}
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "auto": "auto"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where rows come from: a file, or names in a folder's dataset_info.json."""
+
+    file: Path | None = None
+    names: tuple[str, ...] = ()
+    folder: Path = Path("data")
+
+    def __str__(self) -> str:
+        return str(self.file) if self.file else ",".join(self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlan:
+    """One expert of a plan."""
+
+    name: str
+    source: Source
+    settings: Settings
+    validation: Source | None = None
+    val_size: float = 0.0  # rows, or a share of them if below 1
+    max_samples: int | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a training file asks for."""
+
+    base: str
+    experts: tuple[ExpertPlan, ...]
+    output: Path
+    run: Run
+    library: Path | None = None  # where the experts go; None: the default one
+    revision: str | None = None
+    dtype: str = "auto"
+    overwrite: bool = False
+    fit_router: bool = True
+    learned: Learned = "answers"
+    truncate: bool = True
+    template: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
+    max_bad: float = MAX_BAD
+    log_every: int = 10  # steps
+    plot: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def read_plan(file: Path, overrides: Sequence[str] = ()) -> Plan:
+    """The plan of a YAML file, with `key=value` overrides. Raises TrainError."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TrainError(f"{file} does not exist; expected a training file in YAML.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TrainError(f"{file} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise TrainError(f"{file} holds no keys; expected model_name_or_path, dataset and so on.")
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise TrainError(f"{word!r} is no override; expected key=value.")
+        _set(values, key, yaml.safe_load(text))
+    return plan(values)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """experts.math.lora_rank=8 reaches inside."""
+    *path, last = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise TrainError(f"{key} names nothing that can be set: {part} is no group of keys.")
+    values[last] = value
+
+
+def plan(values: Mapping[str, Any]) -> Plan:
+    """The plan of a training file's keys. Raises TrainError."""
+    named = values.get("experts")
+    common, notes = check_keys({k: v for k, v in values.items() if k != "experts"})
+    for key in ("model_name_or_path", "output_dir"):
+        if key not in common:
+            raise TrainError(f"The key {key} is missing; expected it in every training file.")
+    output = Path(common["output_dir"])
+    if named is None:
+        name = common.get("name") or slug(output.name) or "expert"
+        experts = [_expert(check_name(name), common)]
+    elif not isinstance(named, dict) or not named:
+        raise TrainError("experts is no group of names; expected {name: {data: ...}, ...}.")
+    else:
+        experts = [_named(name, own, common) for name, own in named.items()]
+    return Plan(
+        base=common["model_name_or_path"],
+        experts=tuple(experts),
+        output=output,
+        run=_run(common, output, len(experts)),
+        library=Path(common["library"]) if "library" in common else None,
+        revision=common.get("model_revision"),
+        dtype=_dtype(common),
+        overwrite=common.get("overwrite_output_dir", False),
+        fit_router=common.get("fit_router", True),
+        learned=_learned(common),
+        template=_template(common),
+        system=common.get("default_system", ""),
+        max_bad=common.get("max_bad_rows", MAX_BAD),
+        log_every=max(1, round(common.get("logging_steps", 10))),
+        plot=common.get("plot_loss", False),
+        notes=tuple(notes),
+    )
+
+
+def _named(name: Any, own: Any, common: Mapping[str, Any]) -> ExpertPlan:
+    if not isinstance(own, dict):
+        raise TrainError(f"The expert {name!r} has no keys; expected {{data: rows.jsonl, ...}}.")
+    own, _ = check_keys(own, inside=str(name))
+    return _expert(check_name(str(name)), {**common, **own})
+
+
+def _expert(name: str, values: Mapping[str, Any]) -> ExpertPlan:
+    source = _source(values, "data", "dataset")
+    if source is None:
+        raise TrainError(f"{name!r} has no rows; expected the key dataset, or data with a file.")
+    return ExpertPlan(
+        name=name,
+        source=source,
+        settings=_settings(values),
+        validation=_source(values, "eval_data", "eval_dataset"),
+        val_size=values.get("val_size", 0.0),
+        max_samples=values.get("max_samples"),
+        description=values.get("description", ""),
+    )
+
+
+def _source(values: Mapping[str, Any], file: str, names: str) -> Source | None:
+    if file in values:
+        return Source(file=Path(values[file]))
+    if names not in values:
+        return None
+    listed = tuple(name.strip() for name in values[names].split(",") if name.strip())
+    return Source(names=listed, folder=Path(values.get("dataset_dir", "data")))
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
+    get = values.get
+    rank = get("lora_rank", 8)
+    warmup = get("warmup_steps", 0.0) or get("warmup_ratio", 0.0)
+    steps = get("max_steps", -1)
+    return Settings(
+        rank=rank,
+        alpha=get("lora_alpha"),
+        rslora=get("use_rslora", False),
+        dora=get("use_dora", False),
+        targets=tuple(name.strip() for name in get("lora_target", "all").split(",")),
+        start=_start(values),
+        rate=get("learning_rate", 5e-5),
+        b_ratio=get("loraplus_lr_ratio", 1.0),
+        schedule=_one_of("lr_scheduler_type", get("lr_scheduler_type", "linear"), SCHEDULES),
+        warmup=warmup,
+        epochs=get("num_train_epochs", 3.0),
+        max_steps=steps if steps > 0 else None,
+        batch_size=get("per_device_train_batch_size", 8) * get("gradient_accumulation_steps", 1),
+        optimizer=_one_of("optim", get("optim", "adamw_torch"), OPTIMIZERS),
+        betas=(get("adam_beta1", 0.9), get("adam_beta2", 0.999)),
+        weight_decay=get("weight_decay", 0.0),
+        max_norm=get("max_grad_norm", 1.0) or math.inf,
+        dropout=get("lora_dropout", 0.0),
+        validate_every=_every(values),
+        patience=get("early_stopping_steps"),
+        keep_best=get("load_best_model_at_end", False),
+        max_length=get("cutoff_len", 2048),
+        seed=get("seed", 42),
+    )
+
+
+def _start(values: Mapping[str, Any]) -> str:
+    if values.get("pissa_init") and values.get("olora_init"):
+        raise TrainError("pissa_init and olora_init are both set; drop one of them.")
+    return next((s for s in ("pissa", "olora") if values.get(f"{s}_init")), "default")
+
+
+def _every(values: Mapping[str, Any]) -> int | None:
+    strategy = _one_of("eval_strategy", values.get("eval_strategy", "epoch"), _STRATEGIES)
+    if strategy != "steps":
+        return None
+    steps = values.get("eval_steps", values.get("logging_steps", 500))
+    return _whole("eval_steps", steps)
+
+
+def _run(values: Mapping[str, Any], output: Path, num_experts: int) -> Run:
+    strategy = _one_of("save_strategy", values.get("save_strategy", "steps"), _STRATEGIES)
+    every = _whole("save_steps", values.get("save_steps", 500)) if strategy == "steps" else None
+    recompute = values.get("gradient_checkpointing")
+    if recompute is None:  # computed again by default, as in LLaMA-Factory
+        recompute = not values.get("disable_gradient_checkpointing", False)
+    return Run(
+        micro_rows=values.get("per_device_train_batch_size", 8),
+        checkpointing=recompute,
+        packing=values.get("packing", False) or values.get("neat_packing", False),
+        folder=None if strategy == "no" else output,
+        save_every=every,
+        keep=values.get("save_total_limit", 2),
+    )
+
+
+def _dtype(values: Mapping[str, Any]) -> str:
+    if values.get("bf16") or values.get("pure_bf16"):
+        return "bfloat16"
+    return _one_of("infer_dtype", values.get("infer_dtype", "auto"), DTYPES)
+
+
+def _learned(values: Mapping[str, Any]) -> Learned:
+    if values.get("train_on_prompt"):
+        if values.get("mask_history"):
+            raise TrainError("train_on_prompt and mask_history contradict each other; drop one.")
+        return "all"
+    return "last answer" if values.get("mask_history") else "answers"
+
+
+def _template(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: values[k] for k in ("enable_thinking",) if k in values}
+
+
+def _one_of(key: str, value: str, known: Mapping[str, str]) -> str:
+    if value not in known:
+        raise TrainError(f"{key} is {value!r}; expected {', '.join(known)}.")
+    return known[value]
+
+
+def _whole(key: str, value: float) -> int:
+    if value < 1 or value != int(value):
+        raise TrainError(f"{key} is {value:g}; expected a whole number of steps.")
+    return int(value)
+
+
+_STRATEGIES = {"no": "no", "steps": "steps", "epoch": "epoch"}
