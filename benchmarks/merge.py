@@ -1,0 +1,385 @@
+"""Merging beside its peers: cp, PEFT, mergekit.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/merge.py [--layers 8] [--quick] [--mergekit PYTHON] [--json FILE]
+
+A base of Llama-2-7B's layer shapes in bfloat16 with random weights (8 layers and the embeddings are
+3.7 GB, the smallest; 32 are 13.5 GB), and two adapters of rank 16 on its seven linear layers. Each
+command runs in a process of its own, in turns, the base's files evicted from the page cache before;
+medians of the rounds. Memory is the largest RssAnon of the process, less that of one that has
+imported torch and nothing else. mergekit needs an environment of its own, whose python is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).parent
+HIDDEN, INNER, VOCAB = 4096, 11008, 32000
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN, HIDDEN),
+    "self_attn.v_proj": (HIDDEN, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+RANK = 16
+SHARD = 1 << 30  # bytes
+WEIGHTS = (0.6, 0.4)
+
+PEFT = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, one, two, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype="bfloat16")
+model = PeftModel.from_pretrained(model, one, adapter_name="one")
+model.load_adapter(two, adapter_name="two")
+model.merge_and_unload(adapter_names=["one", "two"]).save_pretrained(out)
+"""
+PEFT_SVD = """
+import json, sys, time, torch
+from peft import LoraConfig, get_peft_model
+rounds = []
+for out, width in json.loads(sys.argv[1]):
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(width, out, bias=False)),
+                           LoraConfig(r=16, target_modules=["0"], init_lora_weights=False), "one")
+    model.add_adapter("two", LoraConfig(r=16, target_modules=["0"], init_lora_weights=False))
+    start = time.perf_counter()
+    model.add_weighted_adapter(["one", "two"], [0.6, 0.4], "both", "svd", svd_rank=16)
+    rounds.append(time.perf_counter() - start)
+print(json.dumps(rounds))
+"""
+
+
+@dataclass
+class Run:
+    """What one command took, in each round."""
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    anon: list[float] = field(default_factory=list)  # GiB
+
+
+def make_base(folder: Path, layers: int) -> int:
+    """Write the base in shards; the size in bytes. Every layer has the same random numbers."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    folder.mkdir(parents=True)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        vocab_size=VOCAB,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    pool = {
+        shape: (torch.randn(*shape, generator=generator) * 0.02).bfloat16()
+        for shape in {*SHAPES.values(), (VOCAB, HIDDEN)}
+    }
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    names = {"model.embed_tokens.weight": pool[VOCAB, HIDDEN], "model.norm.weight": ones}
+    names["lm_head.weight"] = pool[VOCAB, HIDDEN]
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        names |= {f"{at}.{part}.weight": pool[shape] for part, shape in SHAPES.items()}
+        names |= {
+            f"{at}.{norm}.weight": ones for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+    groups: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in names.items():
+        if sum(each.nbytes for each in groups[-1].values()) + tensor.nbytes > SHARD and groups[-1]:
+            groups.append({})
+        groups[-1][name] = tensor
+    index = {}
+    for n, group in enumerate(groups, 1):
+        file = f"model-{n:05}-of-{len(groups):05}.safetensors"
+        index |= dict.fromkeys(group, file)
+        own = {name: tensor.clone() for name, tensor in group.items()}
+        save_file(own, folder / file, metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in names.values())
+    told = {"metadata": {"total_size": size}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(told), "utf-8")
+    return size
+
+
+def make_adapter(folder: Path, layers: int, seed: int) -> None:
+    """A bfloat16 adapter whose update is a hundredth of the base."""
+    import torch
+
+    from loramix.adapter import Adapter, Card
+    from loramix.formats import peft
+    from loramix.lora import Pair
+
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    pairs = {}
+    for layer in range(layers):
+        for part, (out, width) in SHAPES.items():
+            a, b = draw(RANK, width) * 0.01, draw(out, RANK) * 0.005
+            pairs[f"model.layers.{layer}.{part}"] = Pair(a.bfloat16(), b.bfloat16())
+    peft.write(Adapter(folder.name, pairs, "", Card(folder.name)), folder)
+
+
+def evict(folder: Path) -> None:
+    """Write what is dirty, then drop the folder's pages from the cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(command: Sequence[str], run: Run, environment: Mapping[str, str] | None = None) -> None:
+    """One run of a command: wall, CPU and the largest anonymous memory, with its children."""
+    start, before = time.perf_counter(), os.times()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, anonymous(process.pid))
+        time.sleep(0.01)
+    after = os.times()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command[:4])} ... ended with {process.returncode}")
+    run.wall_s.append(time.perf_counter() - start)
+    used = after.children_user + after.children_system
+    run.cpu_s.append(used - before.children_user - before.children_system)
+    run.anon.append(peak / 2**20)
+
+
+def anonymous(pid: int) -> int:
+    """RssAnon in KiB; 0 when the process has gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text("ascii")
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) for x in text.splitlines() if x.startswith("RssAnon")), 0)
+
+
+def rounding(base: Path, out: Path, adapters: Sequence[Path]) -> dict[str, float]:
+    """How much of the update of some rows is lost, beside a single perfect rounding."""
+    import torch
+
+    from loramix.formats import peft
+    from loramix.merge.checkpoint import open_checkpoint
+
+    before, after = open_checkpoint(base).tensors, open_checkpoint(out).tensors
+    pairs = [peft.read(path).pairs for path in adapters]
+    lost, best, whole, wrong, count = 0.0, 0.0, 0.0, 0, 0
+    for layer in pairs[0]:
+        old, new = (t[f"{layer}.weight"].rows(100, 164) for t in (before, after))
+        delta = sum(
+            weight * (each[layer].b[100:164].double() @ each[layer].a.double())
+            for weight, each in zip(WEIGHTS, pairs, strict=True)
+        )
+        exact = old.double() + delta
+        lost += float((new.double() - exact).square().sum())
+        best += float((exact.to(torch.bfloat16).double() - exact).square().sum())
+        whole += float(delta.square().sum())
+        wrong += int((new != exact.to(torch.bfloat16)).sum())
+        count += new.numel()
+    return {
+        "lost": (lost / whole) ** 0.5,
+        "best": (best / whole) ** 0.5,
+        "wrong": wrong / count,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--only", nargs="*", help="of cp, ours, PEFT, mergekit, recompression")
+    parser.add_argument("--mergekit", help="python of an environment that has mergekit")
+    parser.add_argument("--folder", type=Path, help="work here, on the disk to measure")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        rows = compare(Path(scratch), options)
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n", "utf-8")
+
+
+def compare(work: Path, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Everything once a round, in turns."""
+    base, out = work / "base", work / "out"
+    size = make_base(base, options.layers)
+    for seed, name in enumerate(("one", "two"), 1):
+        make_adapter(work / "library" / name, options.layers, seed)
+    one, two = (str(work / "library" / name) for name in ("one", "two"))
+    mix = f"one:{WEIGHTS[0]}+two:{WEIGHTS[1]}"
+    loramix = [sys.executable, "-c", "from loramix.cli import run; run()", "merge", "-m", mix]
+    loramix += ["--library", str(work / "library")]
+    commands = {
+        "cp": ["cp", "-r", str(base), str(out)],
+        "ours": [*loramix, "--into", str(base), "-o", str(out)],
+        "PEFT": [sys.executable, "-c", PEFT, str(base), one, two, str(out)],
+    }
+    if options.mergekit:
+        commands["mergekit"] = mergekit(options.mergekit, work, base, (one, two), out)
+    wanted = options.only or [*commands, "recompression"]
+    commands = {name: command for name, command in commands.items() if name in wanted}
+    runs = {name: Run() for name in commands}
+    floor = Run()
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    measure([sys.executable, "-c", "import torch, time; time.sleep(0.3)"], floor)
+    errors: dict[str, dict[str, float]] = {}
+    for n in range(1 if options.quick else options.rounds):
+        for name, command in commands.items():
+            if name == "mergekit" and n:
+                continue  # minutes long: once
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(work / "cache", ignore_errors=True)
+            evict(work)
+            measure(command, runs[name], offline)
+            run = runs[name]
+            print(f"{name:10} {run.wall_s[-1]:7.1f} s wall {run.cpu_s[-1]:7.1f} s CPU "
+                  f"{run.anon[-1]:6.2f} GiB anonymous", flush=True)  # fmt: skip
+            if name in ("ours", "mergekit") and name not in errors:
+                errors[name] = rounding(base, out, [Path(one), Path(two)])
+    shutil.rmtree(out, ignore_errors=True)
+    rows = figures(runs, floor, errors, size)
+    if "recompression" in wanted:
+        rows += recompression(loramix, work, options.layers)
+    for row in rows:
+        print(
+            "  ".join(f"{row[key]!s:>14}" for key in ("work", "figure", "unit", "peer", "target"))
+        )
+    return rows
+
+
+def mergekit(python: str, work: Path, base: Path, adapters: Sequence[str], out: Path) -> list[str]:
+    """Its own command, with the flags that save most memory."""
+    models = [
+        {"model": f"{base}+{adapter}", "parameters": {"weight": weight}}
+        for adapter, weight in zip(adapters, WEIGHTS, strict=True)
+    ]
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": models,
+        "dtype": "bfloat16",
+        "parameters": {"normalize": False},
+    }
+    (work / "mergekit.yml").write_text(json.dumps(recipe), "utf-8")  # JSON is YAML
+    flags = ["--lora-merge-cache", str(work / "cache"), "--lazy-unpickle", "--no-write-model-card"]
+    flags += ["--out-shard-size", "1B", "--no-copy-tokenizer"]
+    run = "from mergekit.scripts.run_yaml import main; main()"
+    return [python, "-c", run, str(work / "mergekit.yml"), str(out), *flags]
+
+
+def figures(
+    runs: Mapping[str, Run], floor: Run, errors: Mapping[str, Mapping[str, float]], size: int
+) -> list[dict[str, object]]:
+    what = f"{size / 1e9:.1f} GB base, two adapters"
+    rows: list[dict[str, object]] = []
+
+    def add(work: str, figure: float, unit: str, peer: str, target: float, better: str) -> None:
+        row = {"work": work, "figure": round(figure, 4), "unit": unit, "peer": peer}
+        rows.append(row | {"target": target, "better": better})
+
+    if "ours" not in runs:
+        return rows
+    ours = median(runs["ours"].wall_s)
+    if "cp" in runs:
+        add(
+            f"merge, {what}",
+            ours / median(runs["cp"].wall_s),
+            "x of its wall",
+            "cp -r",
+            1.3,
+            "lower",
+        )
+    for peer, target in (("PEFT", 3), ("mergekit", 8)):
+        if peer in runs:
+            faster = median(runs[peer].wall_s) / ours
+            add(f"merge, {what}", faster, "x faster", peer, target, "higher")
+            more = (median(runs[peer].anon) - floor.anon[0]) / 1
+            add(f"its memory, {what}", more, "GiB above torch", peer, 0.35, "lower")
+    memory = median(runs["ours"].anon) - floor.anon[0]
+    add(f"memory, {what}", memory, "GiB above torch", "a bare torch", 0.35, "lower")
+    mine = errors["ours"]
+    add(
+        "bf16 rounding error",
+        mine["lost"] / mine["best"],
+        "x of one rounding",
+        "float64",
+        1,
+        "lower",
+    )
+    add("entries wrongly rounded", mine["wrong"], "share", "float64", 0.001, "lower")
+    if "mergekit" in errors:
+        add("entries wrongly rounded", errors["mergekit"]["wrong"], "share", "mergekit", 0, "lower")
+    return rows
+
+
+def recompression(loramix: Sequence[str], work: Path, layers: int) -> list[dict[str, object]]:
+    """Two adapters of a 7B as one of rank 16: the whole of it, beside PEFT's svd of one block."""
+    import torch
+
+    from loramix.formats import peft
+    from loramix.merge.core import Size
+    from loramix.merge.fold import merge_adapters
+    from loramix.merge.recipe import Recipe
+    from loramix.mix import Mix
+
+    if layers != 32:
+        for seed, name in enumerate(("one", "two"), 1):
+            shutil.rmtree(work / "library" / name)
+            make_adapter(work / "library" / name, 32, seed)
+    recipe = Recipe(Mix({"one": WEIGHTS[0], "two": WEIGHTS[1]}))
+    rows: list[dict[str, object]] = []
+    for size, work_name in (
+        (Size(), "merge of a 7B pair, exact"),
+        (Size(RANK), "recompression of a 7B pair"),
+    ):
+        walls = []
+        for _ in range(3):
+            shutil.rmtree(work / "both", ignore_errors=True)
+            os.sync()
+            start = time.perf_counter()
+            adapters = {name: peft.read(work / "library" / name) for name in ("one", "two")}
+            merge_adapters(adapters, recipe, size).save(work / "both")
+            walls.append(time.perf_counter() - start)
+        row = {"work": work_name, "figure": round(median(walls), 2), "unit": "s, files to files"}
+        rows.append(row | {"peer": "-", "target": 2, "better": "lower"})
+    shapes = json.dumps(list(SHAPES.values())[-4:-2])  # 4096 x 4096 and 11008 x 4096
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PEFT_SVD, shapes],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    square, tall = json.loads(found.stdout.splitlines()[-1])
+    theirs = 32 * (4 * square + 3 * tall)
+    ratio = theirs / float(str(rows[-1]["figure"]))
+    row = {"work": "recompression of a 7B pair", "figure": round(ratio), "unit": "x faster"}
+    rows.append(
+        row | {"peer": f"PEFT svd, {theirs:.0f} s from two layers", "target": 1, "better": "higher"}
+    )
+    del torch
+    return rows
+
+
+if __name__ == "__main__":
+    main()
