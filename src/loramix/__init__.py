@@ -10,6 +10,7 @@ Importing this package loads neither torch nor transformers; opening a model doe
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from loramix.errors import LoramixError
@@ -17,8 +18,9 @@ from loramix.mix import Mix
 
 if TYPE_CHECKING:
     from loramix.lm import LM, open
+    from loramix.merge.merger import Merger, merge
 
-__all__ = ["LM", "LoramixError", "Mix", "open"]
+__all__ = ["LM", "LoramixError", "Merger", "Mix", "merge", "open"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +28,10 @@ def __getattr__(name: str) -> Any:
         from loramix import lm
 
         return getattr(lm, name)
+    if name == "merge":
+        return import_module("loramix.merge")
+    if name == "Merger":
+        from loramix.merge.merger import Merger
+
+        return Merger
     raise AttributeError(f"module 'loramix' has no attribute {name!r}")

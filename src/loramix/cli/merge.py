@@ -11,6 +11,7 @@ from typer import Option
 
 from loramix.cli.flags import Where
 from loramix.cli.opening import hush, notice
+from loramix.cli.printing import print_table
 from loramix.errors import BadRequest
 from loramix.lm import check_mix
 from loramix.mix import Mix
@@ -31,7 +32,7 @@ Set = Annotated[
 def merge(
     where: Where,
     mix: Annotated[str, Option("--mix", "-m", metavar="MIX", help="What to merge.")],
-    output: Annotated[Path, Option("--output", "-o", help="Folder to write.")],
+    output: Annotated[Path | None, Option("--output", "-o", help="Folder to write.")] = None,
     method: Annotated[str, Option(help="sum, average, slerp, ties, dare, tsv-m ...")] = "sum",
     settings: Set = None,
     seed: Annotated[int, Option(help="Of methods that drop at random.")] = 0,
@@ -39,15 +40,24 @@ def merge(
     energy: Annotated[float | None, Option(help="Compress, keeping this share.")] = None,
     into: Annotated[str | None, Option(help="Write this base with the mix in its weights.")] = None,
     shard_size: Annotated[str | None, Option(help="Files of at most this, such as 5GB.")] = None,
+    lint: Annotated[bool, Option("--lint", help="Only look: fit, interference, losses.")] = False,
+    prove: Annotated[bool, Option("--prove", help="Compare logits with the served mix.")] = False,
     replace: Annotated[bool, Option("--replace", help="Replace what is there.")] = False,
 ) -> None:
     """Merge a mix into one adapter, or with --into into a copy of the base; exactly."""
     hush()
     wanted = _mix(mix, where)
+    if lint:
+        _look(where, wanted, method, settings, into)
+        return
+    if output is None:
+        raise BadRequest("Give the folder to write with --output, or --lint to only look.")
     if output.exists() and not replace:
         raise BadRequest(f"{output} exists; give another folder, or --replace.")
     if into is None and shard_size is not None:
         raise BadRequest("An adapter is one file; --shard-size is for a merge --into a base.")
+    if into is None and prove:
+        raise BadRequest("--prove compares two models; it is for a merge --into a base.")
     if into is not None and (rank is not None or energy is not None):
         raise BadRequest("A base takes the whole update; --rank and --energy are for adapters.")
     shard_bytes = None if shard_size is None else _bytes(shard_size)
@@ -69,11 +79,21 @@ def merge(
         did = merge_into(
             base_folder(into), adapters, recipe, output, shard_bytes=shard_bytes, replace=replace
         )
+        proof = None
+        if prove:
+            from loramix.merge.proof import prove as compare
+
+            proof = compare(base_folder(into), output, adapters, wanted)
     resumed = f", {did.num_resumed} of them by an earlier run" if did.num_resumed else ""
     typer.echo(
         f"Merged {wanted} by {method} into {output}: {did.num_folded} of {did.num_tensors} tensors "
         f"of {into} changed{resumed}. Rows read back are within {did.worst:.2f} of the last place."
     )
+    if proof:
+        typer.echo(
+            f"KL(mix || merged) is {proof.mean_kl:.3g} nats a token, at most {proof.max_kl:.3g}; "
+            f"KL(mix || base) is {proof.base_kl:.3g}."
+        )
 
 
 def _mix(mix: str, where: Where) -> Mix:
@@ -82,6 +102,40 @@ def _mix(mix: str, where: Where) -> Mix:
         raise BadRequest("A merge is of one mix; name adapters, as in sql:0.5+support:0.5.")
     check_mix(mix, where.shelf)
     return Mix.parse(mix)
+
+
+def _look(
+    where: Where, mix: Mix, method: str, settings: list[str] | None, into: str | None
+) -> None:
+    """Print the report of --lint."""
+    from loramix.merge.lint import lint as look
+    from loramix.merge.recipe import Recipe, settings_of
+    from loramix.merge.stream import base_folder
+
+    recipe = Recipe(mix, method, settings_of(settings or ()))
+    adapters = {name: where.shelf.load(name) for name in mix}
+    found = look(adapters, recipe, None if into is None else base_folder(into))
+    for name, count in found.num_updates.items():
+        fit = f"all in {into}; base {found.fingerprints[name]}" if into else "no base given"
+        typer.echo(f"{name}: {count} updates in {found.num_layers} layers, {fit}")
+    titles = ("pair", "layers", "cosine", "writes overlap", "reads overlap", "opposite signs")
+    rows = [
+        (
+            " ".join(met.names),
+            str(met.num_layers),
+            *(f"{x:.3f}" for x in (met.cosine, met.writes_overlap, met.reads_overlap)),
+            f"{met.conflict:.1%}",
+        )
+        for met in found.meetings
+    ]
+    if rows:
+        print_table(titles, rows)
+    energy = "  ".join(f"{rank}: {share:.1%}" for rank, share in found.kept.items())
+    typer.echo(f"Energy of the sum by rank   {energy}")
+    if found.lost is not None:
+        typer.echo(f"Lost by rounding to {found.dtype}   {found.lost:.1%} of the update")
+    for sentence in found.advice:
+        typer.echo(f"- {sentence}")
 
 
 def _bytes(text: str) -> int:

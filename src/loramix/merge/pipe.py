@@ -130,7 +130,9 @@ class Pipe:
         stored, buffer = slot.stored, self._free.get()
         raw = buffer[: (stop - start) * stored.row_bytes]
         file = self._sources[stored.file]
-        read_into(file, raw, stored.offset + start * stored.row_bytes)
+        place = stored.offset + start * stored.row_bytes
+        read_into(file, raw, place)
+        forget(file.fileno(), place, len(raw))
         rows = raw.view(stored.dtype).view(stop - start, -1)
         return Block(slot, start, buffer, rows)
 
@@ -188,6 +190,12 @@ class Pipe:
     def _done(self, stored: Stored, sha256: str) -> None:
         self.hashes[stored.name] = sha256
         self._aside.record(stored.name, sha256)
+
+
+def forget(file: int, start: int, size: int) -> None:
+    """Let the kernel reuse the pages of what is read once, rather than find new ones."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def copy_range(source: int, start: int, target: int, place: int, size: int) -> None:
