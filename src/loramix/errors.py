@@ -16,6 +16,7 @@
   * MergeError             updates, settings or a base that cannot be merged exactly
   * TrainError             training data or settings that cannot work
   * SearchError            rows or settings that no mix can be searched with
+  * SettingsError          a file of settings that cannot be honoured
   * ServeError             what a server refuses, or cannot do now
     - TooLarge               a body beyond the limit
     - NotAllowed             another key is needed
@@ -99,6 +100,9 @@ class TrainError(LoramixError): ...
 
 
 class SearchError(LoramixError): ...
+
+
+class SettingsError(LoramixError): ...
 
 
 class ServeError(LoramixError): ...

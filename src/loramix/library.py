@@ -102,18 +102,38 @@ class Library:
         The options are those of `formats.peft.read`; `revision` is for the hub alone. Raises
         AdapterError, and FormatError for what is not a LoRA; the library is then as it was.
         """
-        from loramix.formats import peft
-
-        place, own_name = self._locate(source, revision)
-        adapter = peft.read(
-            place,
-            name=name or own_name,
+        adapter = self.read(
+            source,
+            name=name,
+            revision=revision,
             allow_pickle=allow_pickle,
             lora_only=lora_only,
             report=report,
         )
         self.put(adapter, replace=replace)
         return adapter.card
+
+    def read(
+        self,
+        source: str | Path,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        allow_pickle: bool = False,
+        lora_only: bool = False,
+        report: Callable[[str], None] | None = None,
+    ) -> Adapter:
+        """What `add` would put here."""
+        from loramix.formats import peft
+
+        place, own_name = self._locate(source, revision)
+        return peft.read(
+            place,
+            name=name or own_name,
+            allow_pickle=allow_pickle,
+            lora_only=lora_only,
+            report=report,
+        )
 
     def put(self, adapter: Adapter, *, replace: bool = False) -> None:
         """Write an adapter that is already in memory, with its card, whole or not at all."""

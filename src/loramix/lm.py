@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Self
+from typing import Any, Self
 
 from loramix.chat import Message
 from loramix.engine import Answer, Chunk, Engine, Finish, Request, Sampling
@@ -201,19 +201,22 @@ def open(
     device: str = "auto",
     revision: str | None = None,
     quantize: str = "none",
+    router: bool = True,
+    engine: Mapping[str, Any] | None = None,
 ) -> LM:
     """Open a base by folder, hub id or "pocket", with the adapters of a library.
 
     Without `library`: pocket's own for pocket, else yours (`default_library`). `quantize` "int8"
-    halves the base's memory (see `open_base`). Raises BaseError, AdapterError, RouteError.
+    halves the base's memory (see `open_base`). Its router comes along unless `router` is false.
+    `engine` are options of `LocalEngine`. Raises BaseError, AdapterError, RouteError, EngineError.
     """
     from loramix.base import open_base
     from loramix.engine.local import LocalEngine
 
     shelf = Library(Path(library) if library else default_library(base))
-    router = load_router(shelf) if has_router(shelf) else None
+    asked = load_router(shelf) if router and has_router(shelf) else None
     opened = open_base(base, dtype=dtype, device=device, revision=revision, quantize=quantize)
-    return LM(LocalEngine(opened, library=shelf), shelf, router)
+    return LM(LocalEngine(opened, library=shelf, **engine or {}), shelf, asked)
 
 
 def default_library(base: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn
 
 import typer
@@ -23,6 +23,7 @@ from loramix.cli.demo import demo
 from loramix.cli.flags import flags
 from loramix.cli.merge import merge
 from loramix.cli.search import search
+from loramix.cli.serve import logs, run_one, serve, validate
 from loramix.cli.train import train
 from loramix.errors import LoramixError
 
@@ -33,6 +34,15 @@ app = typer.Typer(
 )
 for command in (ask, chat, route, train, merge, convert, demo, search):
     app.command()(flags(command))
+PLAIN: dict[str, Callable[..., None]] = {
+    "serve": serve,
+    "up": serve,
+    "validate": validate,
+    "run": run_one,
+    "logs": logs,
+}
+for name, plain in PLAIN.items():
+    app.command(name)(plain)
 app.add_typer(adapters, name="adapters")
 app.add_typer(router, name="router")
 app.add_typer(data, name="data")

@@ -24,6 +24,7 @@ from loramix.route import Decision
 from loramix.serve.service import Caller, Service, Trip
 
 MixOrAuto = Mix | Literal["auto"]
+Prompt = tuple[Message, ...] | str | tuple[int, ...]
 Numbered = tuple[int, Chunk]  # a chunk, and the place of its request among those asked together
 
 
@@ -39,7 +40,18 @@ async def planned(
     chosen = decision.mix if decision else mix
     assert isinstance(chosen, Mix)
     caller.require(chosen, service)
-    return Plan(replace(request, mix=chosen), decision)
+    prompt = _guided(request.prompt, service.system_prompt(chosen))
+    return Plan(replace(request, mix=chosen, prompt=prompt), decision)
+
+
+def _guided(prompt: Prompt, system: str) -> Prompt:
+    """A chat that brings no system message gets that of its adapter."""
+    if not system or not prompt or not isinstance(prompt[0], Message):
+        return prompt
+    messages = [part for part in prompt if isinstance(part, Message)]
+    if any(message.role == "system" for message in messages):
+        return prompt
+    return (Message("system", system), *messages)
 
 
 async def routed(service: Service, caller: Caller, query: Sequence[Message]) -> Decision:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from loramix.errors import LoramixError
 from loramix.serve import adapters, metrics, openai, routing
@@ -35,6 +40,10 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for part in (openai, adapters, routing, metrics):
         app.include_router(part.router)
+    if service.cors:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=service.cors, allow_methods=["*"], allow_headers=["*"]
+        )
     app.add_middleware(Door, service=service)
     app.add_exception_handler(LoramixError, on_loramix_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
@@ -49,6 +58,20 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._service = service
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the server; the process goes on, it has ended well."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        ends = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in ends}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.live.is_ending = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
+from pathlib import Path
 
 
 class JsonLines(logging.Formatter):
@@ -22,12 +23,16 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """Send the server's log, and uvicorn's, to stderr in this form."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
+def log_to(file: Path | None = None, level: int = logging.INFO) -> None:
+    """Send the server's log, and uvicorn's, to stderr in this form, and to the end of a file."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(JsonLines())
     for name in ("loramix", "uvicorn"):
         logger = logging.getLogger(name)
-        logger.handlers = [handler]
+        logger.handlers = list(handlers)
         logger.setLevel(level if name == "loramix" else logging.WARNING)
         logger.propagate = False

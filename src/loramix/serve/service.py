@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, time
@@ -37,16 +38,22 @@ class Service:
 
     lm: LM
     store: None = None  # a loramix.store.Store
-    settings: None = None  # a loramix.serve.settings.Settings
     limits: Limits = Limits()
     roots: tuple[Path, ...] = ()  # folders from which adapters may be loaded by path
     log_prompts: bool = False
+    cors: tuple[str, ...] = ()  # origins whose pages may call
+    system_prompts: Mapping[str, str] = field(default_factory=dict)  # by adapter
     meter: Meter = field(default_factory=Meter)
     live: Live = field(default_factory=Live)
 
     @property
     def default_mix(self) -> str:
         return self.live.default or ("auto" if has_router(self.lm.library) else "base")
+
+    def system_prompt(self, mix: Mix) -> str:
+        """Of the heaviest adapter of a mix that has one; "" if none has."""
+        having = {name: weight for name, weight in mix.items() if name in self.system_prompts}
+        return self.system_prompts[max(having, key=lambda n: abs(having[n]))] if having else ""
 
     def names(self) -> list[str]:
         """The adapters on offer."""
