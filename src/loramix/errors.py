@@ -24,6 +24,7 @@
     - RouterFailed           the router broke: nothing is answered in its stead
     - Ending                 the server is shutting down
     - StorageFailed          the disk does not take what is to be kept
+  * HubError               the hub refused a push, or cannot be reached
 
 A message says what happened, what was expected, and what to do next, in one line. The command
 line prints it and exits 1; the server sends it as OpenAI error JSON with `status`. Nothing else
@@ -133,3 +134,9 @@ class Ending(ServeError):
 
 class StorageFailed(ServeError):
     status = 507
+
+
+class HubError(LoramixError):
+    """The hub refused a push, or cannot be reached."""
+
+    status = 502

@@ -36,7 +36,6 @@ def test_a_mix_of_the_library_becomes_one_adapter(shop, tmp_path):
     one = peft.read(tmp_path / "mix")
     gguf = read_adapter(tmp_path / "mix.gguf", open_config(shop.base))
     assert digest(gguf.pairs) == one.digest
-    assert one.card.description == f"The mix {Mix.parse(mix)}."
     assert one.rank == sum(Library(shop.library).load(name).rank for name in Mix.parse(mix))
 
 
@@ -44,7 +43,7 @@ def test_a_model_becomes_a_file(shop, tmp_path, capsys):
     assert convert(shop.base, tmp_path / "m.gguf", "--type", "q8_0") == 0
     assert (tmp_path / "m.gguf").read_bytes().startswith(b"GGUF")
     assert convert(shop.base, tmp_path / "m") == 1
-    assert "becomes a .gguf file" in capsys.readouterr().err
+    assert "is a whole model: give NAME.gguf" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_said_and_nothing_is_written(shop, tmp_path, capsys):
@@ -56,7 +55,7 @@ def test_what_cannot_be_is_said_and_nothing_is_written(shop, tmp_path, capsys):
         ((folder, tmp_path / "a", "--type", "f16"), "--type is for .gguf files"),
         ((folder, folder), "exists; remove it first"),
         (("nobody", out, "--library", shop.library), "No adapter 'nobody'"),
-        (("base", out, "--library", shop.library), "mix is empty"),
+        (("base", out, "--library", shop.library), "nothing to merge"),
         ((tmp_path / "x.gguf", tmp_path / "a"), "give --base for"),
         ((shop.base, out, "--type", "q5"), "Unknown GGUF type 'q5'"),
     ]

@@ -44,11 +44,14 @@ class Hub:
 
     def fetch(self, name: str, revision: str = "", **environment: str) -> tuple[int, str]:
         """The exit status and the line printed by a process that fetches `name`."""
+        return self.run(FETCH, name, revision, **environment)
+
+    def run(self, script: str, *words: str, **environment: str) -> tuple[int, str]:
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.cache), "HF_HUB_DISABLE_XET": "1"}
         own |= {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
         keep = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
         done = subprocess.run(
-            [sys.executable, "-c", FETCH, name, revision],
+            [sys.executable, "-c", script, *words],
             env=keep | own | {"PYTHONPATH": "src"} | environment,
             cwd=Path(__file__).parents[2],
             capture_output=True,
@@ -187,3 +190,21 @@ def test_what_is_no_hub_id_is_never_asked_for(text):
     assert not is_hub_id(text)
     with pytest.raises(AdapterError, match="is no hub id"):
         fetch(text)
+
+
+PULL = """
+import sys
+from loramix.cli import main
+sys.exit(main(["pull", *sys.argv[1:]]))
+"""
+
+
+def test_a_repository_is_pulled_whole_by_revision(hub, tmp_path):
+    status, path = hub.run(PULL, "good/sql", f"--output={tmp_path / 'sql'}")
+    assert (status, path) == (0, str(tmp_path / "sql"))
+    found = {file.name: file.read_bytes() for file in Path(path).iterdir()}
+    assert found == hub.files
+    assert hub.run(PULL, "good/sql", f"--output={tmp_path / 'sql'}")[0] == 1
+    assert hub.run(PULL, "good/sql", "--revision=v9")[0] == 1
+    assert hub.run(PULL, "good/sql", "--revision=v1")[0] == 0
+    assert any("/v1" in path for path in hub.asked)

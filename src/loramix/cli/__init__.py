@@ -22,6 +22,7 @@ from loramix.cli.data import data
 from loramix.cli.demo import demo
 from loramix.cli.flags import flags
 from loramix.cli.merge import merge
+from loramix.cli.publish import card, pull, push
 from loramix.cli.search import search
 from loramix.cli.serve import logs, run_one, serve, validate
 from loramix.cli.train import train
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (ask, chat, route, train, merge, convert, demo, search):
+for command in (ask, chat, route, train, merge, convert, card, push, pull, demo, search):
     app.command()(flags(command))
 PLAIN: dict[str, Callable[..., None]] = {
     "serve": serve,

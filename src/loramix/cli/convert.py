@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from loramix.mix import Mix, slug
 
 if TYPE_CHECKING:
     from loramix.adapter import Adapter
+    from loramix.formats.factors import Approximated
 
 Source = Annotated[
     str,
@@ -27,24 +29,86 @@ Source = Annotated[
 
 def convert(
     source: Source,
-    out: Annotated[Path, typer.Argument(help="A .gguf file, or a folder for PEFT.")],
+    out: Annotated[
+        Path, typer.Argument(help="NAME.gguf, a folder for PEFT, or NAME.pt for minLoRA.")
+    ],
     base: Annotated[str | None, typer.Option(help="Base of the adapter: folder or id.")] = None,
     library: Annotated[Path | None, typer.Option(help="Folder of adapters.")] = None,
     kind: Annotated[
         str | None, typer.Option("--type", help="In GGUF: f32, f16, bf16, q8_0, q4_0.")
     ] = None,
+    rank: Annotated[int | None, typer.Option(help="At most this rank; the error is said.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Whole SVD, not a random one.")] = False,
+    lora_only: Annotated[bool, typer.Option("--lora-only", help="Drop other changes.")] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .pt/.bin.")] = False,
 ) -> None:
-    """Convert an adapter or a mix to GGUF or PEFT, or a model to GGUF."""
+    """Convert an adapter or a mix to GGUF, PEFT or minLoRA, a model to GGUF or to an adapter."""
     hush()
     if out.exists():
         raise BadRequest(f"{out} exists; remove it first, or give another place.")
-    if _is_model(source):
+    if _is_model(source) and out.suffix == ".gguf":
         _convert_model(source, out, kind)
     else:
-        where = Where(base or "pocket", library)
-        _convert_adapter(_adapter(source, where, base, allow_pickle), out, base, kind)
+        fitting = Fitting(rank, exact, lora_only)
+        if _is_model(source):
+            adapter = fitting.extracted(source, base, slug(out.stem))
+        else:
+            where = Where(base or "pocket", library)
+            adapter = fitting.resized(_adapter(source, where, base, allow_pickle), base)
+        _write(adapter, out, base, kind)
     typer.echo(f"Wrote {out}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """How updates that are not of the rank asked for become so; what is lost is said."""
+
+    rank: int | None
+    exact: bool
+    lora_only: bool
+
+    def extracted(self, source: str, base: str | None, name: str) -> Adapter:
+        """What a fine-tuned model changed in its base."""
+        if base is None or self.rank is None:
+            raise BadRequest(
+                f"{source} is a whole model: give NAME.gguf, or --base and --rank to take what "
+                f"fine-tuning changed as an adapter."
+            )
+        from loramix.formats.checkpoint import open_checkpoint
+        from loramix.formats.factors import extract
+
+        found = extract(
+            open_checkpoint(source),
+            open_checkpoint(base),
+            self.rank,
+            name,
+            exact=self.exact,
+            lora_only=self.lora_only,
+        )
+        _tell_error(found)
+        card = replace(found.adapter.card, base=base)
+        return replace(found.adapter, card=card)
+
+    def resized(self, adapter: Adapter, base: str | None) -> Adapter:
+        """An adapter of at most the rank asked for, DoRA made plain; as it is if none was."""
+        if self.lora_only:
+            raise BadRequest("--lora-only is for what a fine-tuned model changed.")
+        if self.rank is None:
+            if self.exact:
+                raise BadRequest("--exact says how a --rank is reached; give one.")
+            return adapter
+        from loramix.formats.factors import compressed, without_dora
+
+        if any(pair.magnitude is not None for pair in adapter.pairs.values()):
+            from loramix.formats.checkpoint import open_checkpoint
+
+            found = without_dora(
+                adapter, open_checkpoint(_base(adapter, base)), self.rank, exact=self.exact
+            )
+        else:
+            found = compressed(adapter, self.rank)
+        _tell_error(found)
+        return found.adapter
 
 
 def _is_model(source: str) -> bool:
@@ -54,8 +118,6 @@ def _is_model(source: str) -> bool:
 
 
 def _convert_model(source: str, out: Path, kind: str | None) -> None:
-    if out.suffix != ".gguf":
-        raise BadRequest(f"{source} is a whole model, which becomes a .gguf file; not {out}.")
     from loramix.formats.checkpoint import open_checkpoint, open_tokenizer
     from loramix.formats.gguf.model import write_model
 
@@ -65,19 +127,28 @@ def _convert_model(source: str, out: Path, kind: str | None) -> None:
         write_model(checkpoint, tokenizer, out, kind=kind or "f16", tell=_tell)
 
 
-def _convert_adapter(adapter: Adapter, out: Path, base: str | None, kind: str | None) -> None:
+def _write(adapter: Adapter, out: Path, base: str | None, kind: str | None) -> None:
     if out.suffix == ".gguf":
         from loramix.formats.checkpoint import open_config
         from loramix.formats.gguf.adapter import write_adapter
 
-        source = base or adapter.card.base
-        if not source:
-            raise BadRequest(f"The card of {adapter.name!r} names no base; give --base.")
-        write_adapter(adapter, open_config(source), out, kind=kind or "f32")
+        config = open_config(_base(adapter, base))
+        write_adapter(adapter, config, out, kind=kind or "f32")
         return
     if kind:
-        raise BadRequest(f"--type is for .gguf files; {out} becomes a PEFT folder.")
-    _write_peft(adapter, out)
+        raise BadRequest(f"--type is for .gguf files, not for {out}.")
+    if out.suffix == ".pt":
+        from loramix.formats.minlora import write_minlora
+
+        write_minlora(adapter, out)
+    else:
+        _write_peft(adapter, out)
+
+
+def _base(adapter: Adapter, given: str | None) -> str:
+    if not (source := given or adapter.card.base):
+        raise BadRequest(f"The card of {adapter.name!r} names no base; give --base.")
+    return source
 
 
 def _write_peft(adapter: Adapter, out: Path) -> None:
@@ -115,12 +186,18 @@ def _from_gguf(file: Path, base: str | None) -> Adapter:
 
 def _mixed(mix: Mix, shelf: Library) -> Adapter:
     """The adapters of a mix as one, stacked exactly; a single one as it is."""
-    from loramix.formats.reshape import stacked
+    from loramix.merge.fold import merge_adapters
+    from loramix.merge.recipe import Recipe
 
-    terms = [(weight, shelf.load(name)) for name, weight in mix.items()]
-    if len(terms) == 1 and terms[0][0] == 1:
-        return terms[0][1]
-    return stacked(slug(str(mix)), terms, f"The mix {mix}.")
+    adapters = {name: shelf.load(name) for name in mix}
+    if list(mix.values()) == [1]:
+        return next(iter(adapters.values()))
+    return merge_adapters(adapters, Recipe(mix), name=slug(str(mix))).adapter
+
+
+def _tell_error(found: Approximated) -> None:
+    layer, worst = found.worst
+    _tell(f"Off by {found.error:.3%} of the update, at most {worst:.3%} (in {layer}).")
 
 
 def _tell(line: str) -> None:

@@ -15,6 +15,7 @@ from loramix.errors import BaseMismatch, MergeError
 from loramix.formats import peft
 from loramix.formats.aside import aside
 from loramix.formats.card import write_card
+from loramix.formats.licences import strictest
 from loramix.lora import Pair
 from loramix.merge.core import WHOLE, Size, approximated, resized
 from loramix.merge.recipe import Recipe
@@ -95,7 +96,6 @@ def check_alike(adapters: Iterable[Adapter]) -> None:
 
 def merged_card(name: str, recipe: Recipe, cards: list[Card]) -> Card:
     """What the sources' cards say together; the scores were theirs, and are left out."""
-    licences = {card.licence for card in cards}
     return Card(
         name,
         description=f"{recipe.method} of {recipe.mix}",
@@ -103,7 +103,7 @@ def merged_card(name: str, recipe: Recipe, cards: list[Card]) -> Card:
         examples=tuple(dict.fromkeys(example for card in cards for example in card.examples)),
         base=next((card.base for card in cards if card.base), ""),
         base_fingerprint=next((c.base_fingerprint for c in cards if c.base_fingerprint), ""),
-        licence=licences.pop() if len(licences) == 1 else "",
+        licence=strictest(card.licence for card in cards),
     )
 
 

@@ -11,12 +11,13 @@ from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramix.errors import AdapterError, BaseMismatch, FormatError
+from loramix.errors import FormatError
 from loramix.formats import peft
 from loramix.formats.gguf.adapter import read_adapter, write_adapter
 from loramix.formats.gguf.layout import layout
-from loramix.formats.reshape import stacked
 from loramix.lora import Pair
+from loramix.merge.fold import merge_adapters
+from loramix.merge.recipe import Recipe
 from loramix.mix import Mix
 from tests.formats.gguf.families import (
     FAMILIES,
@@ -41,7 +42,7 @@ def test_llama_cpp_applies_a_mix_as_its_folded_weights(family, tmp_path):
         "b": random_adapter(model, "b", rank=5, seed=2, share=0.7),
     }
     mix = Mix({"a": 0.6, "b": -1.3})
-    one = stacked("mix", [(mix[name], adapters[name]) for name in mix])
+    one = merge_adapters(adapters, Recipe(mix), name="mix").adapter
     files = [tmp_path / f"{name}.gguf" for name in (*adapters, "mix")]
     for adapter, file in zip((*adapters.values(), one), files, strict=True):
         write_adapter(adapter, model.config, file)
@@ -179,17 +180,6 @@ def test_files_that_are_not_such_an_adapter_are_refused(tmp_path):
         read_adapter(tmp_path / "nowhere", config)
     with pytest.raises(FormatError, match=r"is model \(no LoRA\)"):
         read_adapter(write_gguf(family_model("llama"), tmp_path), config)
-
-
-def test_a_mix_needs_adapters_of_one_base_and_no_dora():
-    model = family_model("llama")
-    a, b = (random_adapter(model, name, seed=seed) for seed, name in enumerate("ab"))
-    a = dataclasses.replace(a, card=dataclasses.replace(a.card, base="this"))
-    b = dataclasses.replace(b, card=dataclasses.replace(b.card, base="that"))
-    with pytest.raises(BaseMismatch, match="that and this"):
-        stacked("mix", [(1.0, a), (1.0, b)])
-    with pytest.raises(AdapterError, match="mix is empty"):
-        stacked("mix", [])
 
 
 def with_pairs(adapter, pairs):

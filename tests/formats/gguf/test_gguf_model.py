@@ -7,9 +7,13 @@ import torch
 from gguf import GGUFReader, quants
 from safetensors.torch import load_file, save_file
 
+import loramix
+from loramix.engine import Sampling
 from loramix.errors import AdapterError, FormatError
-from loramix.formats.checkpoint import open_checkpoint
+from loramix.formats.checkpoint import open_checkpoint, open_tokenizer
+from loramix.formats.gguf.adapter import write_adapter
 from loramix.formats.gguf.model import write_model
+from loramix.mix import Mix
 from tests.formats.gguf.families import (
     FAMILIES,
     TOKENS,
@@ -171,3 +175,28 @@ def test_an_existing_file_is_left_alone(tmp_path):
             open_checkpoint(str(tmp_path / "model")), tiny_tokenizer(), tmp_path / "x", kind="q6_k"
         )
     assert file.read_bytes() == before
+
+
+MIXES = {"my card was stolen": "banking", "what is 12 plus 30?": "math:0.8+sentiment:-0.2"}
+
+
+def test_pocket_answers_in_llama_cpp_as_here(tmp_path):
+    """Greedily, under a mix, with the adapters apart as llama.cpp mixes them."""
+    lm = loramix.open("pocket")
+    names = lm.library.names()
+    checkpoint = open_checkpoint("pocket")
+    tokenizer = open_tokenizer(checkpoint.folder)
+    write_model(checkpoint, tokenizer, tmp_path / "pocket.gguf", kind="f32")
+    for name in names:
+        write_adapter(lm.library.load(name), checkpoint.config, tmp_path / f"{name}.gguf")
+    files = [tmp_path / f"{name}.gguf" for name in names]
+    theirs = LlamaCpp(tmp_path / "pocket.gguf", files, context=512)
+    for query, mix in MIXES.items():
+        ours = lm.ask(query, mix, sampling=Sampling(temperature=0, max_tokens=24)).text
+        chat = [{"role": "user", "content": query}]
+        tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        scales = {names.index(name): weight for name, weight in Mix.parse(mix).items()}
+        answer = theirs.complete(tokens, scales, max_tokens=24)
+        assert ours
+        assert answer["choices"][0]["text"] == ours
+    lm.close()

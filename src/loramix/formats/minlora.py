@@ -1,0 +1,33 @@
+"""An adapter as the state dict that minLoRA loads (https://github.com/cccntu/minLoRA)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from loramix.adapter import Adapter
+from loramix.errors import FormatError
+from loramix.formats.aside import aside
+
+STEM = "parametrizations.weight.0.lora_"
+
+
+def write_minlora(adapter: Adapter, file: str | Path) -> None:
+    """Write `adapter` for a model to which minLoRA gave layers of this rank and its alpha of 1.
+
+    minLoRA multiplies by alpha / rank and files do not say alpha, so `b` is multiplied by the rank.
+    Raises FormatError for DoRA and for more than one rank, AdapterError if the file exists.
+    """
+    ranks = {pair.rank for pair in adapter.pairs.values()}
+    if len(ranks) > 1 or any(pair.magnitude is not None for pair in adapter.pairs.values()):
+        raise FormatError(
+            f"minLoRA has one rank for all layers and no DoRA; {adapter.name!r} has the ranks "
+            f"{', '.join(map(str, sorted(ranks)))}: convert it with one rank first."
+        )
+    tensors = {}
+    for layer, pair in adapter.pairs.items():
+        tensors[f"{layer}.{STEM}A"] = pair.a.clone()
+        tensors[f"{layer}.{STEM}B"] = pair.b * pair.rank
+    with aside(Path(file)) as place:
+        torch.save(tensors, place)

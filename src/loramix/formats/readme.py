@@ -1,0 +1,233 @@
+"""README.md of a folder that is to be published: what it is, what it was made of, how to use it.
+
+The front matter is what the hub reads (https://huggingface.co/docs/hub/model-cards). Everything is
+taken from the files in the folder; nothing is asked of the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from loramix.adapter import Card
+from loramix.errors import FormatError
+from loramix.formats.card import read_card
+from loramix.formats.config import interpret, load_config
+from loramix.formats.folder import CARD, CONFIG, find_weights
+from loramix.formats.hub import is_hub_id
+from loramix.mix import slug
+
+README = "README.md"
+RECIPE = "merge.json"
+Kind = Literal["adapter", "model", "gguf"]
+RELATIONS: Mapping[Kind, str] = {"adapter": "adapter", "model": "finetune", "gguf": "quantized"}
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A folder as its README will show it."""
+
+    kind: Kind
+    card: Card
+    recipe: Mapping[str, Any]  # of a merge; empty for anything else
+    digests: Mapping[str, str]  # sha256 by file
+    datasets: tuple[str, ...] = ()
+
+    @property
+    def relation(self) -> str:
+        """The hub's word for how this comes from its base."""
+        merged = self.kind == "model" and self.recipe
+        return "merge" if merged else RELATIONS[self.kind]
+
+    def front_matter(self) -> dict[str, Any]:
+        base = self.card.base if is_hub_id(self.card.base) else ""
+        tags = ["loramix", "lora", *(["merge"] if self.recipe else [])]
+        fields: dict[str, Any] = {
+            "base_model": base,
+            "base_model_relation": self.relation if base else "",
+            "license": self.card.licence.lower(),
+            "library_name": {"adapter": "peft", "model": "transformers", "gguf": "gguf"}[self.kind],
+            "pipeline_tag": "text-generation",
+            "tags": tags,
+            "datasets": list(self.datasets),
+        }
+        return {key: value for key, value in fields.items() if value}
+
+
+def describe(
+    folder: str | Path,
+    *,
+    base: str = "",
+    licence: str = "",
+    datasets: Sequence[str] = (),
+) -> Published:
+    """What a folder holds; `base` and `licence` where its files do not say or say otherwise.
+
+    Raises FormatError if there is nothing to publish in it.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise FormatError(f"{folder} is no folder; give the folder to publish.")
+    kind = _kind(place)
+    card = _card(place, kind)
+    known = Card(
+        card.name,
+        card.description,
+        card.skills,
+        card.examples,
+        card.weight,
+        base or card.base,
+        card.base_fingerprint,
+        licence or card.licence,
+        card.scores,
+    )
+    recipe = load_config(place / RECIPE) if (place / RECIPE).is_file() else {}
+    digests = {name: _sha256(place / name) for name in files(place) if name != README}
+    return Published(kind, known, recipe, digests, tuple(datasets))
+
+
+def files(folder: Path) -> list[str]:
+    """What is published of a folder, sorted: all of it but hidden files."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)
+    )
+
+
+def render(published: Published) -> str:
+    """The README, front matter first."""
+    matter = yaml.safe_dump(published.front_matter(), sort_keys=False, allow_unicode=True)
+    sections = [
+        f"---\n{matter}---",
+        f"# {published.card.name}",
+        published.card.description,
+        "\n".join(_about(published)),
+        _section("Examples", "\n".join(f"- {each}" for each in published.card.examples)),
+        _section("Scores", _table(("metric", "value"), _scores(published.card))),
+        _section("Recipe", _recipe(published.recipe)),
+        _section("Use", "\n\n".join(_uses(published))),
+        _section("Provenance", _provenance(published)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _kind(folder: Path) -> Kind:
+    if (folder / CONFIG).is_file():
+        find_weights(folder)
+        return "adapter"
+    if (folder / "config.json").is_file():
+        return "model"
+    if any(folder.glob("*.gguf")):
+        return "gguf"
+    raise FormatError(
+        f"{folder} has no {CONFIG}, no config.json and no .gguf file; give the folder of an "
+        f"adapter or a model."
+    )
+
+
+def _card(folder: Path, kind: Kind) -> Card:
+    if (folder / CARD).is_file():
+        return read_card(folder)
+    name = slug(folder.resolve().name)
+    if kind == "adapter":
+        return Card(name, base=interpret(load_config(folder / CONFIG), str(folder)).base)
+    return Card(name)
+
+
+def _about(published: Published) -> Iterator[str]:
+    card = published.card
+    what = {"adapter": "A LoRA adapter", "model": "A model", "gguf": "GGUF files"}[published.kind]
+    yield f"{what}{f' for `{card.base}`' if card.base else ''}, made with loramix."
+    if card.skills:
+        yield f"It is for: {', '.join(card.skills)}."
+    if card.weight != 1:
+        yield f"Recommended weight: {card.weight:g}."
+
+
+def _scores(card: Card) -> list[tuple[str, str]]:
+    return [(metric, f"{value:g}") for metric, value in card.scores.items()]
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    if not recipe:
+        return ""
+    shown = {key: value for key, value in recipe.items() if key != "kept"}
+    return f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```"
+
+
+def _uses(published: Published) -> Iterator[str]:
+    name, base = published.card.name, published.card.base or "BASE"
+    if published.kind == "adapter":
+        yield "This folder, or the id of its repository, in place of `ADAPTER`:"
+        yield _python(
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+            'model = PeftModel.from_pretrained(model, "ADAPTER")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+        )
+        yield _shell(
+            f"loramix adapters add ADAPTER --name {name}",
+            f'loramix ask "..." --base {base} --mix {name}',
+        )
+        rank = 64
+        yield _shell(
+            f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=ADAPTER"
+        )
+        yield _shell(
+            f"loramix convert ADAPTER {name}.gguf --base {base}",
+            f"llama-server -m BASE.gguf --lora {name}.gguf",
+        )
+        return
+    if published.kind == "model":
+        yield _python(
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("MODEL")',
+        )
+        yield _shell('loramix ask "..." --base MODEL --mix base', "vllm serve MODEL")
+        yield _shell(f"loramix convert MODEL {name}.gguf", f"llama-server -m {name}.gguf")
+        return
+    file = next(file for file in published.digests if file.endswith(".gguf"))
+    yield _shell(f"llama-server -m {file}")
+
+
+def _provenance(published: Published) -> str:
+    card, rows = published.card, []
+    if card.base_fingerprint:
+        rows.append((f"fingerprint of the base {card.base}".strip(), card.base_fingerprint))
+    for name, digest in published.recipe.get("adapters", {}).items():
+        rows.append((f"source adapter {name}", str(digest)))
+    rows += [(f"sha256 of {name}", digest) for name, digest in published.digests.items()]
+    return _table(("what", "is"), [(what, f"`{value}`") for what, value in rows])
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _python(*lines: str) -> str:
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _shell(*lines: str) -> str:
+    return "```sh\n" + "\n".join(lines) + "\n```"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
