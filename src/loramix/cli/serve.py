@@ -170,15 +170,15 @@ def _request(body: str) -> dict[str, Any]:
 def _in_process(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
     import asyncio
 
-    import httpx
+    import httpx2
 
     from loramix.serve.app import create_app
 
     service = _opened(settings)
 
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(service))
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+    async def ask() -> httpx2.Response:
+        transport = httpx2.ASGITransport(create_app(service))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
             return await client.post("/v1/chat/completions", json=request, timeout=None)
 
     with service.lm:
@@ -186,14 +186,14 @@ def _in_process(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over_http(url: str, request: dict[str, Any]) -> dict[str, Any]:
-    import httpx
+    import httpx2
 
     key = os.environ.get("LORAMIX_API_KEY", "")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     address = f"{url.rstrip('/')}/v1/chat/completions"
     try:
-        return _answer(httpx.post(address, json=request, headers=headers, timeout=None))
-    except httpx.HTTPError as error:
+        return _answer(httpx2.post(address, json=request, headers=headers, timeout=None))
+    except httpx2.HTTPError as error:
         raise ServeError(f"{url} does not answer: {error}; is the server running?") from error
 
 
