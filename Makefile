@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: run test lint check readme clean
+.PHONY: run test lint check clients readme clean
 
 run: $(READY)
 	@$(BIN)/loramix demo
@@ -22,11 +22,16 @@ lint: $(READY)
 
 check: lint test
 
+clients: $(READY)
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --requirement tests/serve/clients.txt
+	$(BIN)/pytest -m clients
+
 readme: $(READY)
 	$(BIN)/python docs/refresh.py README.md
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("loramix needs Python 3.11 or newer; try: make PYTHON=python3.12")'

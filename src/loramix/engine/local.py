@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +26,7 @@ from loramix.engine.core import Core
 from loramix.engine.exact import exact_context, require_exact, vocabulary_size
 from loramix.engine.form import Forms
 from loramix.engine.loaded import LoadedAdapters
+from loramix.engine.outbox import Outboxes
 from loramix.engine.reader import Echo, Scorer, Writer
 from loramix.engine.residents import Resident
 from loramix.engine.sampler import Sampler, end_tokens
@@ -103,6 +105,7 @@ class LocalEngine:
         self._generation = base.model.generation_config
         self._vocabulary = vocabulary_size(base.model)
         self._forms = Forms(base.tokenizer, self._vocabulary, end_tokens(self._generation))
+        self._outboxes = Outboxes()
         self._core.start()
         self._closer = weakref.finalize(self, self._core.close)
         try:
@@ -212,13 +215,8 @@ class LocalEngine:
         Raises BadRequest, TooLong, UnknownAdapter, AdapterError, Busy when the queue or the memory
         for adapters is full, EngineError.
         """
-        loop = asyncio.get_running_loop()
         events: asyncio.Queue[Chunk | None] = asyncio.Queue()
-
-        def send(event: Chunk | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, nobody is listening
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
+        send = partial(self._outboxes.here().put, events.put_nowait)
         if request.n > self._max_queue:
             raise BadRequest(f"n is {request.n}, but at most {self._max_queue} may wait at once.")
         jobs = [job for job, _ in self._written(request, send)]

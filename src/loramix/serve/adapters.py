@@ -37,6 +37,7 @@ from loramix.serve.wire import LoraScale, Wire
 
 router = APIRouter(tags=["Adapters"], dependencies=ADMIN)
 FILES = (CONFIG, CARD, *SAFE)
+TEXT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
 class LlamaAdapter(BaseModel):
@@ -82,7 +83,7 @@ class UnloadAsked(Wire):
     lora_int_id: int | None = None  # vLLM's own number, which names say better
 
 
-@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/load_lora_adapter", responses={200: TEXT})
 async def load(asked: LoadAsked, service: Serving) -> Response:
     """vLLM's: take in an adapter from a folder inside the configured roots."""
     name = asked.lora_name
@@ -99,7 +100,7 @@ async def load(asked: LoadAsked, service: Serving) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/unload_lora_adapter", responses={200: TEXT})
 async def unload(asked: UnloadAsked, service: Serving) -> Response:
     """vLLM's: offer an adapter no more. Its files stay, and it is back after a restart."""
     name = asked.lora_name

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from time import time
+from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -16,6 +17,7 @@ from loramix.mix import Mix
 from loramix.serve.service import Asking, Service, Serving
 
 router = APIRouter(tags=["State"])
+TEXT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
 @router.get("/health")
@@ -32,7 +34,7 @@ async def ready(service: Serving) -> Response:
     return JSONResponse({"status": "ready" if able else "not ready"}, 200 if able else 503)
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", responses={200: TEXT})
 async def metrics(service: Serving, caller: Asking) -> Response:
     """Counters in Prometheus' text format; for admins, as labels name adapters and mixes."""
     caller.require_admin()

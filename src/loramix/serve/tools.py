@@ -19,6 +19,7 @@ from loramix.errors import BadRequest
 from loramix.serve.wire import NamedTool, Tool
 
 TAG = "<tool_call>"
+LLAMA = "<|python_tag|>"
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>\s*|$)", re.DOTALL)
 _MARKERS = re.compile(r"^\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
 
@@ -56,7 +57,7 @@ class CallReader:
         self._text = ""
         self._num_seen = 0  # characters in which a tag was looked for
         self._num_shown = 0
-        self._tag = StopStrings([TAG])
+        self._tag = StopStrings([TAG, LLAMA])
 
     def push(self, text: str) -> str:
         """The text that can be shown now."""
@@ -64,7 +65,7 @@ class CallReader:
         if not self._names:
             return text
         start = self._text.lstrip()
-        if not start or start[0] in "{[" or start.startswith("<|python"):
+        if not start or start[0] in "{[":
             return ""
         shown = self._tag.push(self._text[self._num_seen :])
         self._num_seen = len(self._text)

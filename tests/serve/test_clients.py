@@ -1,0 +1,86 @@
+"""Other people's clients, unmodified; `make clients` runs these."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from loramix.chat import Message
+from loramix.engine import Request, Sampling
+from loramix.mix import Mix
+from tests.serve.clients import MIX
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.clients
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    """The interpreter that has the clients."""
+    found = Path(os.environ.get("LORAMIX_CLIENTS", HERE.parents[1] / ".venv-clients"), "bin/python")
+    assert found.exists(), "the clients are not installed; `make clients` does that"
+    return found
+
+
+@pytest.fixture(scope="module")
+def wanted(front):
+    """The engine's own answer to the chat that all of them begin."""
+    request = Request(
+        (Message("user", "the cat"),), Mix.parse(MIX), Sampling(temperature=0, max_tokens=8)
+    )
+    return front.service.lm.engine.generate([request])[0].text
+
+
+def run(python, *arguments):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [python, *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def use(python, name, front, shop):
+    return json.loads(run(python, HERE / "clients.py", name, front.url, shop.base).splitlines()[-1])
+
+
+def test_litellm(python, front, shop, wanted):
+    got = use(python, "litellm", front, shop)
+    assert got["whole"] == got["stream"] == wanted
+    assert "No adapter 'nobody'" in got["refused"]
+
+
+def test_llm(python, front, shop, wanted):
+    got = use(python, "llm", front, shop)
+    assert got["whole"] == got["stream"] == wanted
+
+
+def test_lm_eval(python, front, shop, wanted):
+    got = use(python, "lm_eval", front, shop)
+    engine, mix = front.service.lm.engine, Mix.parse(MIX)
+    pairs = [("the cat", " sat"), ("the", " cat on"), ("in a", " hat")]
+    scores = engine.score([Request(text, mix) for text, _ in pairs], [more for _, more in pairs])
+    assert [score for score, _ in got["scores"]] == pytest.approx(scores, rel=1e-4)
+    sampling = Sampling(temperature=0, max_tokens=8)
+    text = engine.generate([Request("the cat", mix, sampling)])[0].text
+    assert (got["texts"], got["chats"]) == ([text], [wanted])
+
+
+def test_schemathesis_finds_no_500(python, front):
+    """It makes requests, good and bad, of everything the OpenAPI schema says there is."""
+    said = run(
+        python.with_name("schemathesis"),
+        "run",
+        f"{front.url}/openapi.json",
+        "--checks=not_a_server_error,content_type_conformance,response_schema_conformance",
+        "--max-examples=60",
+        "--exclude-method=DELETE",
+        "--seed=1",
+        "--suppress-health-check=all",
+    )
+    assert "No issues found" in said, said[-3000:]
