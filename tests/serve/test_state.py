@@ -76,7 +76,7 @@ def test_mixes_beyond_the_first_hundred_share_a_counter(tmp_path):
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
-def test_a_log_line_has_the_facts_and_no_text_unless_asked(front, log_prompts):
+def test_a_log_line_has_the_facts_and_no_text_unless_asked(front, log_prompts, monkeypatch):
     from dataclasses import replace
 
     stream = io.StringIO()
@@ -84,6 +84,7 @@ def test_a_log_line_has_the_facts_and_no_text_unless_asked(front, log_prompts):
     handler.setFormatter(JsonLines())
     logger = logging.getLogger("loramix.serve")
     logger.addHandler(handler)
+    monkeypatch.setattr(logger, "disabled", False)  # import-linter disables those there are
     level = logger.level
     logger.setLevel(logging.INFO)
     app = front.server.config.app
