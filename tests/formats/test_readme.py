@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from loramix.adapter import Card
 from loramix.cli import main
+from loramix.errors import FormatError
 from loramix.formats.card import write_card
 from loramix.formats.licences import TIERS, strictest
 from loramix.formats.readme import describe, render
-from tests.formats.layouts import folder
+from tests.formats.layouts import LAYERS, folder
 
 CARD = Card(
     "sql",
@@ -54,6 +55,10 @@ def test_an_adapter_says_what_it_is_of(tmp_path):
         "tags": ["loramix", "lora"],
         "datasets": ["me/rows"],
     }
+    assert "--max-lora-rank 8 " in text
+    large = dict.fromkeys(LAYERS, 40)
+    folder(tmp_path / "large", rank_pattern=large, alpha_pattern=large)
+    assert "--max-lora-rank 64 " in render(describe(tmp_path / "large"))
     for part in ("# sql", "Writes SQL.", "list all singers", "| exact | 0.95 |", "0.8"):
         assert part in text
     weights = (tmp_path / "sql" / "adapter_model.safetensors").read_bytes()
@@ -70,6 +75,9 @@ def test_a_merge_shows_its_recipe_and_its_sources(tmp_path):
     assert '"mix": "a:0.5+b:0.5"' in text
     assert "kept" not in text
     assert "| source adapter b | `d2` |" in text
+    (place / "merge.json").write_text('{"adapters": []}')
+    with pytest.raises(FormatError, match="adapters are no object"):
+        describe(place)
 
 
 def test_a_base_that_is_not_on_the_hub_is_not_linked(tmp_path):

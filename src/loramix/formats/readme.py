@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from loramix.mix import slug
 
 README = "README.md"
 RECIPE = "merge.json"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 Kind = Literal["adapter", "model", "gguf"]
 RELATIONS: Mapping[Kind, str] = {"adapter": "adapter", "model": "finetune", "gguf": "quantized"}
 
@@ -38,6 +39,7 @@ class Published:
     recipe: Mapping[str, Any]  # of a merge; empty for anything else
     digests: Mapping[str, str]  # sha256 by file
     datasets: tuple[str, ...] = ()
+    rank: int = 0  # the largest of an adapter; 0 if its config does not say
 
     @property
     def relation(self) -> str:
@@ -76,20 +78,13 @@ def describe(
         raise FormatError(f"{folder} is no folder; give the folder to publish.")
     kind = _kind(place)
     card = _card(place, kind)
-    known = Card(
-        card.name,
-        card.description,
-        card.skills,
-        card.examples,
-        card.weight,
-        base or card.base,
-        card.base_fingerprint,
-        licence or card.licence,
-        card.scores,
-    )
+    known = replace(card, base=base or card.base, licence=licence or card.licence)
     recipe = load_config(place / RECIPE) if (place / RECIPE).is_file() else {}
     digests = {name: _sha256(place / name) for name in files(place) if name != README}
-    return Published(kind, known, recipe, digests, tuple(datasets))
+    if not isinstance(recipe.get("adapters", {}), dict):
+        raise FormatError(f"{place / RECIPE}: adapters are no object; merge again.")
+    rank = _rank(place) if kind == "adapter" else 0
+    return Published(kind, known, recipe, digests, tuple(datasets), rank)
 
 
 def files(folder: Path) -> list[str]:
@@ -140,6 +135,11 @@ def _card(folder: Path, kind: Kind) -> Card:
     return Card(name)
 
 
+def _rank(folder: Path) -> int:
+    settings = interpret(load_config(folder / CONFIG), str(folder / CONFIG))
+    return max([settings.rank or 0, *settings.rank_pattern.values()])
+
+
 def _about(published: Published) -> Iterator[str]:
     card = published.card
     what = {"adapter": "A LoRA adapter", "model": "A model", "gguf": "GGUF files"}[published.kind]
@@ -162,41 +162,47 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def _uses(published: Published) -> Iterator[str]:
-    name, base = published.card.name, published.card.base or "BASE"
     if published.kind == "adapter":
-        yield "This folder, or the id of its repository, in place of `ADAPTER`:"
-        yield _python(
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
-            'model = PeftModel.from_pretrained(model, "ADAPTER")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
-        )
-        yield _shell(
-            f"loramix adapters add ADAPTER --name {name}",
-            f'loramix ask "..." --base {base} --mix {name}',
-        )
-        rank = 64
-        yield _shell(
-            f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=ADAPTER"
-        )
-        yield _shell(
-            f"loramix convert ADAPTER {name}.gguf --base {base}",
-            f"llama-server -m BASE.gguf --lora {name}.gguf",
-        )
-        return
-    if published.kind == "model":
-        yield _python(
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("MODEL")',
-        )
-        yield _shell('loramix ask "..." --base MODEL --mix base', "vllm serve MODEL")
-        yield _shell(f"loramix convert MODEL {name}.gguf", f"llama-server -m {name}.gguf")
-        return
-    file = next(file for file in published.digests if file.endswith(".gguf"))
-    yield _shell(f"llama-server -m {file}")
+        yield from _adapter_uses(published.card.name, published.card.base or "BASE", published.rank)
+    elif published.kind == "model":
+        yield from _model_uses(published.card.name)
+    else:
+        file = next(file for file in published.digests if file.endswith(".gguf"))
+        yield _shell(f"llama-server -m {file}")
+
+
+def _adapter_uses(name: str, base: str, rank: int) -> Iterator[str]:
+    room = next((size for size in VLLM_RANKS if size >= rank), rank)
+    yield "This folder, or the id of its repository, in place of `ADAPTER`:"
+    yield _python(
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        'model = PeftModel.from_pretrained(model, "ADAPTER")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+    )
+    yield _shell(
+        f"loramix adapters add ADAPTER --name {name}",
+        f'loramix ask "..." --base {base} --mix {name}',
+    )
+    yield _shell(
+        f"vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {name}=ADAPTER"
+    )
+    yield _shell(
+        f"loramix convert ADAPTER {name}.gguf --base {base}",
+        f"llama-server -m BASE.gguf --lora {name}.gguf",
+    )
+
+
+def _model_uses(name: str) -> Iterator[str]:
+    yield _python(
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("MODEL")',
+    )
+    yield _shell('loramix ask "..." --base MODEL --mix base', "vllm serve MODEL")
+    yield _shell(f"loramix convert MODEL {name}.gguf", f"llama-server -m {name}.gguf")
 
 
 def _provenance(published: Published) -> str:

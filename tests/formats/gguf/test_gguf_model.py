@@ -35,6 +35,10 @@ LLAMA3 = THETA | {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GEMMA3 = {
+    "sliding_attention": THETA | {"rope_type": "default"},
+    "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+}
 VARIANTS = [
     *((family, {}) for family in FAMILIES),
     ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -42,6 +46,7 @@ VARIANTS = [
     ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     ("llama", {"head_dim": 16}),
     ("qwen2", {"tie_word_embeddings": True}),
+    ("gemma3_text", {"rope_parameters": GEMMA3}),
     ("phi3", {"rope_parameters": THETA | {"partial_rotary_factor": 0.5}}),
     ("phi3", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
 ]
