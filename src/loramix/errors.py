@@ -17,6 +17,9 @@
   * TrainError             training data or settings that cannot work
   * SearchError            rows or settings that no mix can be searched with
   * SettingsError          a file of settings that cannot be honoured
+  * StoreError             a database that cannot be opened, read or written
+    - NoRecord               it does not hold this, or not for this key
+    - Conflict               somebody else was faster
   * ServeError             what a server refuses, or cannot do now
     - TooLarge               a body beyond the limit
     - NotAllowed             another key is needed
@@ -104,6 +107,16 @@ class SearchError(LoramixError): ...
 
 
 class SettingsError(LoramixError): ...
+class StoreError(LoramixError):
+    status = 503
+
+
+class NoRecord(StoreError):
+    status = 404
+
+
+class Conflict(StoreError):
+    status = 409
 
 
 class ServeError(LoramixError): ...

@@ -1,0 +1,122 @@
+"""API keys. A secret is shown once, when it is made; the database knows its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from loramix.errors import BadRequest, NoRecord
+from loramix.store import tables
+from loramix.store.database import Database
+from loramix.store.records import Key, Role
+
+PREFIX = "lmx"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_SECRET = re.compile(rf"{PREFIX}-([0-9a-f]{{16}})-([A-Za-z0-9_-]{{43}})")
+
+
+class Keys:
+    """The keys of a database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(
+        self,
+        name: str,
+        *,
+        role: Role = "user",
+        adapters: Iterable[str] | None = None,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+    ) -> tuple[Key, str]:
+        """A new key and its secret, `lmx-<id>-<256 random bits>`, which cannot be had again."""
+        _check(name, role, requests_per_minute, tokens_per_minute)
+        id = secrets.token_hex(8)
+        secret = f"{PREFIX}-{id}-{secrets.token_urlsafe(32)}"
+        allowed = None if adapters is None else tuple(sorted(set(adapters)))
+        key = Key(id, name, role, allowed, requests_per_minute, tokens_per_minute, time.time())
+        values = {
+            "id": id,
+            "name": name,
+            "hash": _hash(secret),
+            "role": role,
+            "adapters": None if allowed is None else list(allowed),
+            "requests_per_minute": requests_per_minute,
+            "tokens_per_minute": tokens_per_minute,
+            "created": key.created,
+        }
+        try:
+            with self._database.writing() as connection:
+                connection.execute(sa.insert(tables.keys).values(values))
+        except IntegrityError:
+            raise BadRequest(
+                f"There is a key {name!r} already; choose another name, or remove it first."
+            ) from None
+        return key, secret
+
+    def list(self) -> list[Key]:
+        with self._database.reading() as connection:
+            rows = connection.execute(sa.select(tables.keys).order_by(tables.keys.c.created))
+            return [_key(row) for row in rows]
+
+    def remove(self, name: str) -> None:
+        """From the next request on, its secret opens nothing."""
+        with self._database.writing() as connection:
+            done = connection.execute(sa.delete(tables.keys).where(tables.keys.c.name == name))
+        if not done.rowcount:
+            raise NoRecord(f"There is no key {name[:80]!r}; `loramix keys list` names them.")
+
+    def find(self, secret: str) -> Key | None:
+        """The key of a secret; the time it takes says nothing of the hash."""
+        match = _SECRET.fullmatch(secret)
+        if not match:
+            return None
+        with self._database.reading() as connection:
+            query = sa.select(tables.keys).where(tables.keys.c.id == match[1])
+            row = connection.execute(query).first()
+        known = row.hash if row else "0" * 64
+        return _key(row) if hmac.compare_digest(known, _hash(secret)) and row else None
+
+    def is_empty(self) -> bool:
+        """Whether nobody has been given a key yet."""
+        with self._database.reading() as connection:
+            return connection.execute(sa.select(tables.keys.c.id).limit(1)).first() is None
+
+
+def _hash(secret: str) -> str:
+    """Of 256 random bits: nothing to guess, so nothing to slow down."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _key(row: sa.Row[Any]) -> Key:
+    return Key(
+        id=row.id,
+        name=row.name,
+        role=row.role,
+        adapters=None if row.adapters is None else tuple(row.adapters),
+        requests_per_minute=row.requests_per_minute,
+        tokens_per_minute=row.tokens_per_minute,
+        created=row.created,
+    )
+
+
+def _check(name: str, role: str, requests: int | None, tokens: int | None) -> None:
+    if not _NAME.fullmatch(name):
+        raise BadRequest(
+            f"name is {name[:80]!r}; expected at most 64 letters, digits and any of ._@- after "
+            f"the first."
+        )
+    if role not in ("user", "admin"):
+        raise BadRequest(f"role is {role!r}; expected user or admin.")
+    for limit in (requests, tokens):
+        if limit is not None and not 1 <= limit < 1 << 31:
+            raise BadRequest(f"A limit is {limit}; expected at least 1 in a minute.")
