@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,6 +15,7 @@ from loramix.errors import StoreError
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 BUSY_S = 10  # how long one writer waits for another
+_MIGRATING = Lock()  # alembic knows one migration at a time in a process
 _LOCK = 0x10A311  # of PostgreSQL's advisory locks: one process migrates at a time
 _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"}
 
@@ -54,7 +56,11 @@ class Database:
             return scripts._upgrade_revs("head", revision)
 
         try:
-            with self.writing() as connection, _environment(scripts, upgrades) as environment:
+            with (
+                _MIGRATING,
+                self.writing() as connection,
+                _environment(scripts, upgrades) as environment,
+            ):
                 if self.is_shared:
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
                 assert isinstance(environment, EnvironmentContext)
