@@ -195,3 +195,64 @@ def test_a_real_process_keeps_stdout_clean_and_ends_well(shop):
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ)
     assert (done.returncode, done.stderr) == (0, "")
     json.loads(done.stdout)
+
+
+def labelled(*rows: dict[str, object]) -> str:
+    Path("labelled.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return "labelled.jsonl"
+
+
+def test_a_router_is_evaluated_on_labelled_rows(loramix, shop):
+    turns = [
+        {"role": "user", "content": SQL},
+        {"role": "assistant", "content": "Done."},
+        {"role": "user", "content": BANKING},
+    ]
+    data = labelled(
+        {"text": BANKING, "route": "banking"},
+        {"text": SQL, "routes": ["sql"]},
+        {"messages": turns, "route": "banking"},
+        {"text": "hello", "route": None},
+    )
+    out = json.loads(loramix("route", "eval", data, *shop.flags, "--json"))
+    assert out["in_scope"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 3}
+    assert out["none_recall"]["n"] == 1
+    assert "first choice" in loramix("route", "eval", data, *shop.flags, "--html", "page.html")
+    assert "<svg" in Path("page.html").read_text("utf-8")
+    router = f"{shop.library}/_router"
+    both = json.loads(
+        loramix("route", "eval", data, "--router", router, "--compare", router, "--json")
+    )
+    assert both["gain"]["value"] == 0
+
+
+def test_an_evaluation_fails_below_the_least_accuracy(loramix, shop):
+    data = labelled({"text": BANKING, "route": "sql"}, {"text": SQL, "route": "sql"})
+    loramix("route", "eval", data, *shop.flags, "--min-accuracy", "0.5")
+    loramix("route", "eval", data, *shop.flags, "--min-accuracy", "0.6", status=1)
+    assert "less than 0.6" in loramix.err
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a", "route": "nobody"},
+        {"text": "a", "messages": []},
+        {"route": "sql"},
+        {"text": 5, "route": "sql"},
+        {"text": "a", "routes": [1]},
+        {"text": "a", "adapter": "sql"},
+        {"messages": [{"role": "king"}], "route": "sql"},
+        {"text": " ", "route": "sql"},
+    ],
+)
+def test_rows_that_cannot_be_evaluated_are_named(loramix, shop, row):
+    loramix("route", "eval", labelled(row), *shop.flags, status=1)
+    assert loramix.err.startswith("Error: ")
+
+
+def test_a_text_that_is_a_commands_name_can_be_routed(loramix, shop):
+    assert loramix("route", "text", "eval", *shop.flags)
+    assert loramix("route", "--json", SQL, *shop.flags)
+    loramix("route", status=1)
+    assert "Expected a text" in loramix.err

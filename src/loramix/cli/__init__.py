@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from loramix.cli.adapters import adapters, router
-from loramix.cli.ask import ask, route
+from loramix.cli.ask import ask
 from loramix.cli.chat import chat
 from loramix.cli.convert import convert
 from loramix.cli.data import data
@@ -23,6 +23,7 @@ from loramix.cli.demo import demo
 from loramix.cli.flags import flags
 from loramix.cli.merge import merge
 from loramix.cli.publish import card, pull, push
+from loramix.cli.route import route
 from loramix.cli.search import search
 from loramix.cli.serve import logs, run_one, serve, validate
 from loramix.cli.train import train
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (ask, chat, route, train, merge, convert, card, push, pull, demo, search):
+for command in (ask, chat, train, merge, convert, card, push, pull, demo, search):
     app.command()(flags(command))
 PLAIN: dict[str, Callable[..., None]] = {
     "serve": serve,
@@ -45,6 +46,7 @@ PLAIN: dict[str, Callable[..., None]] = {
 for name, plain in PLAIN.items():
     app.command(name)(plain)
 app.add_typer(adapters, name="adapters")
+app.add_typer(route, name="route")
 app.add_typer(router, name="router")
 app.add_typer(data, name="data")
 

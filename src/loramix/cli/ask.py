@@ -1,4 +1,4 @@
-"""`loramix ask` and `loramix route`: one answer, many answers, or only the mix."""
+"""`loramix ask`: one answer, or many."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 
 from loramix.cli.flags import Json, Machine, Mixed, Picking, Where
 from loramix.cli.opening import open_lm
-from loramix.cli.printing import decision_fields, print_json, reply_fields
+from loramix.cli.printing import print_json, reply_fields
 from loramix.cli.reading import read_lines, read_stdin
 from loramix.errors import BadRequest
-from loramix.lm import Stream, as_messages, check_mix, load_router
+from loramix.lm import Stream, as_messages, check_mix
 
 Text = Annotated[str | None, typer.Argument(help="What to ask; - reads it from stdin.")]
 Lines = Annotated[Path | None, typer.Option("--file", help="Ask every line of a file at once.")]
@@ -41,21 +41,6 @@ def ask(
                 print_json(reply_fields(reply))
             else:
                 typer.echo(reply.text)
-
-
-def route(where: Where, text: Text = None, as_json: Json = False) -> None:
-    """Say which mix would answer a text, and why."""
-    messages = as_messages(_texts(text, None)[0])
-    decision = load_router(where.shelf).route(messages)
-    if as_json:
-        print_json(decision_fields(decision))
-        return
-    typer.echo(str(decision.mix))
-    ranked = sorted(decision.scores.items(), key=lambda item: -item[1])
-    for name, score in [*ranked, ("(none)", decision.none)]:
-        typer.echo(f"  {score:6.1%}  {name}")
-    for reason in decision.reasons:
-        typer.echo(f"  {reason}")
 
 
 def _texts(text: str | None, file: Path | None) -> list[str]:

@@ -7,10 +7,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loramix.chat import Example, Message
 from loramix.errors import BadRequest
+from loramix.lm import as_messages
+
+if TYPE_CHECKING:
+    from loramix.route.report import Row
 
 
 def read_stdin() -> str:
@@ -75,6 +79,45 @@ def _example(line: str, where: str) -> Example:
     return Example(messages, str(row.get("adapter", "")))
 
 
+def read_labelled(path: Path) -> list[Row]:
+    """Rows like {"text": "...", "route": "sql"}, to evaluate a router on.
+
+    "routes": ["sql", "poem"] asks for several adapters, and null, or no route, for the base.
+    "messages" instead of "text" is a conversation that ends with the user's turn.
+    """
+    return [_labelled(line, f"Item {n} of {path}") for n, line in enumerate(read_lines(path), 1)]
+
+
+def _labelled(line: str, where: str) -> Row:
+    from loramix.route.report import Row
+
+    row = _object(line, where)
+    if strange := sorted(row.keys() - {"text", "messages", "route", "routes"}):
+        raise BadRequest(f"{where} has an unknown field {strange[0]!r}; take it out.")
+    if ("text" in row) == ("messages" in row) or {"route", "routes"} <= row.keys():
+        raise BadRequest(f"{where} needs a text or messages, and a route or routes at most.")
+    routes = row["routes"] if "routes" in row else [row["route"]] if row.get("route") else []
+    if not isinstance(routes, list) or not all(isinstance(each, str) for each in routes):
+        raise BadRequest(f"{where} has routes that are not names; expected text, a list or null.")
+    messages = _messages(row["messages"], where) if "messages" in row else row["text"]
+    if not isinstance(messages, str | list):
+        raise BadRequest(f"{where} has a text that is none; expected a string.")
+    return Row(as_messages(messages), frozenset(routes))
+
+
+def _messages(turns: object, where: str) -> list[Message]:
+    sound = isinstance(turns, list) and all(
+        isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
+    if not sound:
+        raise BadRequest(f"{where} has messages that are not a list of role and content.")
+    assert isinstance(turns, list)
+    return [Message(turn["role"], turn["content"]) for turn in turns]
+
+
 def _rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
     return [_row(line, keys, f"Item {n} of {path}") for n, line in enumerate(read_lines(path), 1)]
 
@@ -94,5 +137,5 @@ def _object(line: str, where: str) -> dict[str, Any]:
             f"{where} is not JSON ({error.msg}); expected one object a line."
         ) from error
     if not isinstance(row, dict):
-        raise BadRequest(f"{where} is {type(row).__name__}; expected one object a line.")
+        raise BadRequest(f"{where} is not an object; expected one object a line.")
     return row

@@ -275,7 +275,9 @@ class GateRouter:
     def _reasons(self, query: str, winner: int, cosines: Floats) -> tuple[str, ...]:
         """Nearest examples, strongest words, and which candidates are hardly known."""
         found = []
-        for i in np.argsort(-cosines, kind="stable")[:2]:
+        second = np.partition(cosines, -2)[-2] if len(cosines) > 1 else cosines.min()
+        near = np.flatnonzero(cosines >= second)
+        for i in near[np.argsort(-cosines[near], kind="stable")][:2]:
             name = self.adapters[self.neighbours.labels[i]]
             found.append(f"near {cosines[i]:.2f} {name}: {_short(self.neighbours.texts[i])}")
         if strong := self._strongest(query, winner):

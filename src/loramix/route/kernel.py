@@ -17,7 +17,7 @@ from loramix.route.ngrams import Floats, Ints
 from loramix.route.softmax import log_softmax
 
 MOST_ROWS = 4000  # the fit solves a system of this size
-REACH, RIDGE, SHARPNESS = 2.0, 0.1, 10.0
+REACH, RIDGE, SHARPNESS = 2.0, 0.03, 10.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

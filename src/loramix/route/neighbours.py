@@ -65,5 +65,7 @@ def best(cosines: Floats, count: int) -> Floats:
     """The highest of each row, best first, [N, count]; 0 where there are fewer."""
     found = np.zeros((len(cosines), count), np.float32)
     width = min(count, cosines.shape[1])
-    found[:, :width] = -np.sort(-cosines, axis=1)[:, :width]
+    if width:
+        top = np.partition(cosines, -width, axis=1)[:, -width:]  # sorting all takes longer
+        found[:, :width] = np.sort(top, axis=1)[:, ::-1]
     return found

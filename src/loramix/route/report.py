@@ -103,7 +103,7 @@ class Report:
     false_second: Figure  # rows of one adapter: a second one joined
     mix_exact: Figure  # rows of several adapters: exactly these
     mix_first: Figure  # rows of several adapters: the first choice is one of them
-    calibration_error: float  # of the best adapter's probability, on rows of one adapter
+    calibration_error: float  # rows of one adapter: of the best one's probability if one fits
     coverage: tuple[tuple[float, float], ...]  # share of rows answered, surest first; accuracy
     reliability: tuple[tuple[float, float, int], ...]  # said, true, rows of each bin
     routes: dict[str, RouteFigures]
@@ -180,7 +180,10 @@ def auroc(high: Iterable[float], low: Iterable[float]) -> float:
 
 
 def _best(verdict: Verdict) -> tuple[str, float]:
-    return max(verdict.decision.scores.items(), key=lambda item: item[1])
+    """The likeliest adapter, and its probability if one of them fits."""
+    scores = verdict.decision.scores
+    name = max(scores, key=lambda each: scores[each])
+    return name, scores[name] / (sum(scores.values()) or 1.0)
 
 
 def _coverage(single: Sequence[Verdict]) -> tuple[tuple[float, float], ...]:

@@ -1,0 +1,158 @@
+"""`loramix route`: the mix for a text, and how well a router does on labelled rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from loramix.cli.flags import Json, Where, flags
+from loramix.cli.opening import notice
+from loramix.cli.printing import decision_fields, print_json
+from loramix.cli.reading import read_labelled, read_stdin
+from loramix.errors import BadRequest
+from loramix.lm import as_messages, load_router
+
+if TYPE_CHECKING:
+    from loramix.route import Router
+    from loramix.route.report import Figure, Report
+
+
+class TextOrCommand(TyperGroup):
+    """A group whose first word may be a text: `route "my card"` means `route text "my card"`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in {*self.commands, "--help"}:
+            args = ["text", *args]
+        return super().parse_args(ctx, args)
+
+
+route = typer.Typer(
+    cls=TextOrCommand,
+    help='Say which mix would answer a text: loramix route "my card was stolen".',
+)
+
+
+@route.command("text", hidden=True)
+@flags
+def text_(
+    where: Where,
+    text: Annotated[str | None, typer.Argument(help="What to route; - reads stdin.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which mix would answer a text, and why."""
+    if text is None:
+        raise BadRequest('Expected a text, or - for stdin: loramix route "...".')
+    messages = as_messages(read_stdin() if text == "-" else text)
+    decision = load_router(where.shelf).route(messages)
+    if as_json:
+        print_json(decision_fields(decision))
+        return
+    typer.echo(str(decision.mix))
+    ranked = sorted(decision.scores.items(), key=lambda item: -item[1])
+    for name, score in [*ranked, ("(none)", decision.none)]:
+        typer.echo(f"  {score:6.1%}  {name}")
+    for reason in decision.reasons:
+        typer.echo(f"  {reason}")
+
+
+@route.command("eval")
+@flags
+def eval_(
+    data: Annotated[
+        Path, typer.Argument(help='Lines like {"text": "...", "route": "sql"}; null for the base.')
+    ],
+    where: Where,
+    router: Annotated[
+        Path | None, typer.Option(help="Folder of a router; default: the library's.")
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="Folder of a second router.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Fail below this share.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a router on labelled rows; exit with 1 if it is less accurate than demanded."""
+    if min_accuracy is not None and not 0 <= min_accuracy <= 1:
+        raise BadRequest(f"--min-accuracy is a share from 0 to 1; got {min_accuracy}.")
+    from loramix.route.page import page
+    from loramix.route.report import difference, judge, report
+
+    rows = read_labelled(data)
+    first = _opened(router) if router else load_router(where.shelf)
+    second = _opened(compare) if compare else None
+    with notice(f"Routing {len(rows)} rows ..."):
+        verdicts = judge(first, rows)
+        others = judge(second, rows) if second else None
+    found = report(verdicts)
+    gain = difference(others, verdicts) if others else None
+    if html:
+        html.write_text(page(found, f"Router on {data.name}"), encoding="utf-8")
+    if as_json:
+        print_json(_fields(found, report(others) if others else None, gain))
+    else:
+        _print(found)
+        if others and gain:
+            _print_comparison(report(others), gain)
+    if min_accuracy is not None and found.accuracy.value < min_accuracy:
+        typer.echo(f"Accuracy is {found.accuracy.value:.3f}, less than {min_accuracy:g}.", err=True)
+        raise typer.Exit(1)
+
+
+def _opened(folder: Path) -> Router:
+    from loramix.route.gate import GateRouter
+
+    return GateRouter.load(folder)
+
+
+def _print(found: Report) -> None:
+    from loramix.route.page import FIGURES
+
+    for name, meaning in FIGURES.items():
+        if (figure := getattr(found, name)).n:
+            typer.echo(f"{_shares(figure)}  {meaning}")
+    plain = [
+        (found.none_auroc, "area under the curve of P(none)"),
+        (found.calibration_error, "expected calibration error"),
+    ]
+    for value, meaning in plain:
+        if not math.isnan(value):
+            typer.echo(f"{value:6.3f}                        {meaning}")
+    typer.echo(f"{found.p50_ms:6.1f} ms, p95 {found.p95_ms:.1f} ms         one query")
+    for truth, choice, queries in found.confused:
+        typer.echo(f"\n{truth} taken for {choice}:")
+        for query in queries:
+            typer.echo(f"  {' '.join(query.split())[:100]}")
+
+
+def _print_comparison(other: Report, gain: Figure) -> None:
+    typer.echo(
+        f"\nthe other's accuracy {_shares(other.accuracy).strip()}; gain over it "
+        f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+    )
+
+
+def _shares(figure: Figure) -> str:
+    interval = f"[{figure.low:.3f}, {figure.high:.3f}]"
+    return f"{figure.value:6.3f} {interval} n={figure.n:<5}"
+
+
+def _fields(found: Report, other: Report | None, gain: Figure | None) -> dict[str, Any]:
+    compared = {"compare": _plain(other), "gain": _plain(gain)} if other else {}
+    return {**_plain(found), **compared}
+
+
+def _plain(value: Any) -> Any:
+    """Named fields all the way down; null for what no row has a say in."""
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
