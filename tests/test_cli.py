@@ -256,3 +256,21 @@ def test_a_text_that_is_a_commands_name_can_be_routed(loramix, shop):
     assert loramix("route", "--json", SQL, *shop.flags)
     loramix("route", status=1)
     assert "Expected a text" in loramix.err
+
+
+def test_a_router_is_fitted_from_labelled_rows_and_asked_what_it_lacks(loramix, shop):
+    rows = [{"text": f"list {what}", "route": "sql"} for what in "abcdefghijkl"]
+    rows += [{"text": f"my card {what}", "route": "banking"} for what in "abcdefghijkl"]
+    rows += [{"text": "sing me a song", "route": None}]
+    loramix("route", "fit", labelled(*rows), "--out", "fitted", "--encoder", "ngrams")
+    out = json.loads(loramix("route", "eval", labelled(*rows[:24]), "--router", "fitted", "--json"))
+    assert out["in_scope"]["value"] > 0.9
+    assert "sql has 12 examples" in loramix("route", "suggest", "--router", "fitted")
+    found = json.loads(loramix("route", "suggest", "--router", "fitted", "--json"))
+    assert found["short"] == {"banking": 12, "sql": 12}
+    both = labelled({"text": "a", "routes": ["sql", "banking"]})
+    loramix("route", "fit", both, "--out", "other", status=1)
+    Path("mine").mkdir()
+    loramix("route", "fit", labelled(*rows), "--out", "mine", status=1)
+    assert "no router" in loramix.err
+    assert not [*Path("mine").iterdir()]

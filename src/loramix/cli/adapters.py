@@ -167,14 +167,14 @@ def fit(
         if name not in known:
             raise UnknownAdapter(name, known)
     with notice("Fitting the router ..."):
-        fitted = GateRouter.fit(rows, encoder=_encoder(encoder), keep=keep, top=top)
+        fitted = GateRouter.fit(rows, encoder=open_encoder(encoder), keep=keep, top=top)
         fitted.save(shelf.folder / ROUTER)
     typer.echo(f"Fitted the router of {shelf.folder} to {', '.join(fitted.adapters)}.", err=True)
     for name in sorted({*known} - {*rows}):
         typer.echo(f"{name} has no examples: it answers only when a mix names it.", err=True)
 
 
-def _encoder(name: str) -> Encoder:
+def open_encoder(name: str) -> Encoder:
     from loramix.route.encode import MiniLmEncoder, default_encoder
     from loramix.route.ngrams import NgramEncoder
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from loramix.cli.adapters import open_encoder
 from loramix.cli.flags import Json, Where, flags
 from loramix.cli.opening import notice
 from loramix.cli.printing import decision_fields, print_json
 from loramix.cli.reading import read_labelled, read_stdin
 from loramix.errors import BadRequest
-from loramix.lm import as_messages, load_router
+from loramix.lm import ROUTER, as_messages, load_router
 
 if TYPE_CHECKING:
     from loramix.route import Router
@@ -100,6 +101,68 @@ def eval_(
     if min_accuracy is not None and found.accuracy.value < min_accuracy:
         typer.echo(f"Accuracy is {found.accuracy.value:.3f}, less than {min_accuracy:g}.", err=True)
         raise typer.Exit(1)
+
+
+@route.command()
+def fit(
+    data: Annotated[Path, typer.Argument(help="Labelled rows, as for eval.")],
+    out: Annotated[Path, typer.Option(help="Folder of the router; replaced if it is one.")],
+    keep: Annotated[float, typer.Option(help="Share of own queries to keep from the base.")] = 0.95,
+    top: Annotated[int, typer.Option(help="Most adapters in one mix.")] = 2,
+    encoder: Annotated[str, typer.Option(help="auto, ngrams or minilm.")] = "auto",
+) -> None:
+    """Fit a router from labelled rows; rows of no adapter teach it what to leave to the base."""
+    from loramix.route.abstain import background
+    from loramix.route.gate import GateRouter
+
+    if out.exists() and not (out / "router.json").is_file():
+        raise BadRequest(f"{out} exists and is no router; name another folder.")
+    examples: dict[str, list[str]] = {}
+    for row in read_labelled(data):
+        if len(row.routes) > 1:
+            raise BadRequest(f"{_short(row.text)} has several routes; fit needs rows of one.")
+        examples.setdefault("".join(row.routes), []).append(row.text)
+    foreign = [*background(), *examples.pop("", [])]
+    with notice("Fitting the router ..."):
+        fitted = GateRouter.fit(
+            examples, encoder=open_encoder(encoder), keep=keep, top=top, foreign=foreign
+        )
+        fitted.save(out)
+    typer.echo(f"Fitted {out} to {', '.join(fitted.adapters)}.", err=True)
+
+
+@route.command("suggest")
+@flags
+def suggest_(
+    where: Where,
+    router: Annotated[
+        Path | None, typer.Option(help="Folder of a router; default: the library's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which adapters need examples, which overlap, and which labels look wrong."""
+    from loramix.route.gate import GateRouter
+    from loramix.route.suggest import suggest
+
+    folder = router or where.shelf.folder / ROUTER
+    with notice("Refitting the router five times ..."):
+        found = suggest(GateRouter.load(folder))
+    if as_json:
+        print_json(_plain(found))
+        return
+    for name, count in found.short.items():
+        typer.echo(f"{name} has {count} examples; give it 20 or more.")
+    for first, second, share in found.overlaps:
+        typer.echo(f"{first} and {second} are taken for each other: {share:.0%} of the examples.")
+    for text, label, instead, chance in found.suspects:
+        typer.echo(f"{_short(text)} is labelled {label}, looks like {instead} ({chance:.0%}).")
+    if not any(found):
+        typer.echo("Nothing to suggest.")
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return repr(flat if len(flat) <= 80 else flat[:77] + "...")
 
 
 def _opened(folder: Path) -> Router:

@@ -203,14 +203,21 @@ class GateRouter:
         return signs(look(read(texts, self.ngrams, self.encoder), self.gate, self.neighbours))
 
     def _refitted(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
-        foreign = examples[""]
+        rows = self._collected(examples)
+        return self._fitted(rows, self.ngrams, self.encoder, self.keep, self.top)
+
+    def rows(self) -> Rows:
+        """All it was fitted from, numbered."""
+        return self._collected(self.examples)
+
+    def _collected(self, examples: Mapping[str, Sequence[str]]) -> Rows:
+        """Examples as rows, without embedding again what is stored."""
         own = {name: texts for name, texts in examples.items() if name}
         known: dict[str, Floats] = {}
         if self.vectors is not None:
             texts = [text for group in self.examples.values() for text in group]
             known = dict(zip(texts, self.vectors, strict=True))
-        rows = collect(own, foreign, self.ngrams, self.encoder, known)
-        return self._fitted(rows, self.ngrams, self.encoder, self.keep, self.top)
+        return collect(own, examples[""], self.ngrams, self.encoder, known)
 
     def scores(self, queries: Sequence[str]) -> list[list[float]]:
         """Probability of each adapter for each query; what is missing to one is none's."""
