@@ -147,6 +147,8 @@ def _material(plan: Plan, expert: ExpertPlan, base: Base) -> Material:
         problems += other.problems
     else:
         learned, validation = split(samples, expert.val_size, expert.settings.seed)
+        if expert.val_size and not validation:
+            notes.append(f"{expert.name}: val_size is less than one row; none is held out.")
     rows, bad = _tokens(plan, expert, base, learned)
     held, held_bad = _tokens(plan, expert, base, validation)
     cut = sum(len(row.ids) == expert.settings.max_length for _, row in rows)

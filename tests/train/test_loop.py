@@ -191,13 +191,18 @@ def test_gradients_equal_pefts():
             torch.testing.assert_close(ours, theirs["default"].weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_packed_rows_do_not_see_each_other():
-    base = tiny_base()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_rows_do_not_see_each_other(architecture):
+    base = tiny_base(architecture)
     mixed = MixedModel(base.model)
     learner = shaken(Learner(course(base, "x", SOUNDS), mixed))
     apart = gradients(mixed, [learner], [learner.course.rows], Run())
+    found = {name: weight.grad.clone() for name, weight in learner.weights.items()}
+    learner.optimizer.zero_grad()
     packed = gradients(mixed, [learner], [learner.course.rows], Run(packing=True))
     assert packed[0] == pytest.approx(apart[0], rel=1e-6)
+    for name, weight in learner.weights.items():
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_pairs_lie_where_the_base_does_so_that_layers_learn_them_and_no_copy():
@@ -206,9 +211,10 @@ def test_pairs_lie_where_the_base_does_so_that_layers_learn_them_and_no_copy():
     assert (pair.a.device.type, pair.b.device.type) == ("meta", "meta")
 
 
-def test_a_target_that_names_no_layer_is_refused():
-    with pytest.raises(TrainError, match="'query'; expected all-linear or some of down_proj"):
-        fresh_pairs(tiny_base().model, ("q_proj", "query"), 2)
+@pytest.mark.parametrize("target", ["query", "proj", "lm_head"])
+def test_a_target_that_names_no_layer_is_refused(target):
+    with pytest.raises(TrainError, match=f"'{target}'; expected all-linear or some of down_proj"):
+        fresh_pairs(tiny_base().model, ("q_proj", target), 2)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from loramix.base import Base
 from loramix.train.config import Run, Settings
@@ -49,7 +48,7 @@ def estimate(base: Base, settings: Sequence[Settings], run: Run, longest: int) -
     logits = 3 * 4 * tokens * config.vocab_size
     weights = sum(num_trained(base, one) for one in settings)
     return Estimate(
-        base=sum(p.numel() * p.element_size() for p in islice(base.model.parameters(), None)),
+        base=sum(p.numel() * p.element_size() for p in base.model.parameters()),
         experts=16 * weights,
         activations=tokens * hidden * kept * size + logits,
     )

@@ -20,21 +20,22 @@ ALL = ("all", "all-linear")
 def chosen_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(O, D) of the layers that an expert changes; TrainError for a target that names none.
 
-    A target is the end of a layer's name ("q_proj", "self_attn.q_proj"), or "all-linear": all but
-    the output layer, as attention alone learns worse at equal size.
+    A target is the end of a layer's name ("q_proj", "self_attn.q_proj"), or "all-linear", as
+    attention alone learns worse at equal size. The output layer is never one: it is given the
+    learned tokens of all rows, and no longer knows whose they are.
     """
     shapes = linear_shapes(model)
     inner = {n: s for n, s in shapes.items() if n.rpartition(".")[2] not in OUTPUT_LAYERS}
     if set(targets) & set(ALL):
         return inner
     for target in targets:
-        if not any(_ends(name, target) for name in shapes):
+        if not any(_ends(name, target) for name in inner):
             known = sorted({name.rpartition(".")[2] for name in inner})
             raise TrainError(
                 f"No linear layer of this base is called {target!r}; expected all-linear or some "
                 f"of {', '.join(known)}."
             )
-    return {n: s for n, s in shapes.items() if any(_ends(n, target) for target in targets)}
+    return {n: s for n, s in inner.items() if any(_ends(n, target) for target in targets)}
 
 
 def fresh_pairs(
