@@ -60,6 +60,22 @@ def losses(mixed: MixedModel, batch: Batch, *, bf16: bool = False) -> list[Tenso
     return [part.sum() for part in each.split_with_sizes(tokens)]
 
 
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """TrainError if rows behind each other in one line see each other in this model.
+
+    Most models of transformers tell them apart by their positions; some read no positions.
+    """
+    ids = torch.arange(5, 13, device=next(model.parameters()).device)[None]
+    packed = torch.arange(4, device=ids.device).repeat(2)[None]
+    alone = model(input_ids=ids[:, 4:], position_ids=packed[:, 4:], use_cache=False).logits
+    behind = model(input_ids=ids, position_ids=packed, use_cache=False).logits[:, 4:]
+    if (alone - behind).abs().max() > 0.01 * alone.abs().max():
+        raise TrainError(
+            f"Packed rows would see each other in {type(model).__name__}; train it without packing."
+        )
+
+
 @contextmanager
 def _output_of(model: nn.Module, wanted: Tensor) -> Iterator[None]:
     """The output layer sees the wanted positions [N, T] alone: its logits are [tokens, V].

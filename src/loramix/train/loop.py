@@ -26,7 +26,7 @@ from loramix.train.batches import Batch, micro_batches
 from loramix.train.checkpoint import Checkpoints
 from loramix.train.config import Run
 from loramix.train.data import Row, total_learned
-from loramix.train.forward import gates, losses, recomputed
+from loramix.train.forward import check_packing, gates, losses, recomputed
 from loramix.train.learner import Course, Learner
 
 VALIDATION_TOKENS = 16384  # of a batch; the same whatever else is trained, so figures are too
@@ -69,6 +69,8 @@ def train(
     if not names or len(set(names)) < len(names):
         raise TrainError(f"Expected experts of different names; got {', '.join(names) or 'none'}.")
     run = run or Run()
+    if run.packing:
+        check_packing(base.model)
     mixed = MixedModel(base.model)
     with torch.random.fork_rng(devices=[]):
         try:
