@@ -34,6 +34,12 @@ def data_dir() -> Path:
     pytest.skip("no folder of real data (set LORAMIX_DATA)")
 
 
+@pytest.fixture(autouse=True)
+def _own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the user's own keys and conversations."""
+    monkeypatch.setenv("LORAMIX_DATABASE", f"sqlite:///{tmp_path}/own.db")
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each architecture of tests/tiny.py in turn."""

@@ -22,7 +22,9 @@
     - Conflict               somebody else was faster
   * ServeError             what a server refuses, or cannot do now
     - TooLarge               a body beyond the limit
+    - NotKnown               a key is needed, or the one given opens nothing
     - NotAllowed             another key is needed
+    - TooMany                the key's limit for a minute is reached
     - TookTooLong            the time for a request is over
     - RouterFailed           the router broke: nothing is answered in its stead
     - Ending                 the server is shutting down
@@ -37,7 +39,7 @@ catches LoramixError, but a library that lists the good adapters beside a damage
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class LoramixError(Exception):
@@ -107,6 +109,8 @@ class SearchError(LoramixError): ...
 
 
 class SettingsError(LoramixError): ...
+
+
 class StoreError(LoramixError):
     status = 503
 
@@ -124,6 +128,23 @@ class ServeError(LoramixError): ...
 
 class TooLarge(ServeError):
     status = 413
+
+
+class NotKnown(ServeError):
+    status = 401
+    headers: Mapping[str, str] = {"www-authenticate": "Bearer"}
+
+    def __init__(self, is_given: bool) -> None:
+        problem = "The API key is not known" if is_given else "An API key is needed"
+        super().__init__(f"{problem}; send one as 'Authorization: Bearer ...' (`loramix keys`).")
+
+
+class TooMany(ServeError):
+    status = 429
+
+    def __init__(self, limit: str, wait_s: int) -> None:
+        super().__init__(f"This key's {limit} in a minute are used up; try again in {wait_s} s.")
+        self.headers = {"retry-after": str(wait_s)}
 
 
 class NotAllowed(ServeError):

@@ -231,11 +231,20 @@ def own_library() -> Path:
     """The user's library; it need not exist yet."""
     if given := os.environ.get("LORAMIX_LIBRARY"):
         return Path(given).expanduser()
+    return _own_data() / "library"
+
+
+def own_database() -> str:
+    """Where keys and conversations are: $LORAMIX_DATABASE, or a file in the user's data folder."""
+    return os.environ.get("LORAMIX_DATABASE") or f"sqlite:///{_own_data() / 'loramix.db'}"
+
+
+def _own_data() -> Path:
     if os.name == "nt":
         data = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
     else:
         data = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
-    return data / "loramix" / "library"
+    return data / "loramix"
 
 
 def load_router(library: Library) -> Router:

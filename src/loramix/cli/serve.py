@@ -46,12 +46,12 @@ def serve(
     given = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     settings = _settings(file, [*(assignments or ()), *given])
     if not insecure:
-        _require_loopback(settings.host)
+        _require_loopback(settings)
     with _listening(settings.host, settings.port) as door:
         from loramix.serve.app import server
         from loramix.serve.logs import log_to
 
-        service = _opened(settings)
+        service = _opened(settings, insecure=insecure)
         with service.lm:
             log_to(Path(settings.log_file) if settings.log_file else None)
             host, port = door.getsockname()[:2]
@@ -121,26 +121,34 @@ def _settings(files: Sequence[Path] | None, assignments: Sequence[str] | None) -
     return load(files or ([DEFAULT] if DEFAULT.exists() else []), assignments or ())
 
 
-def _opened(settings: Settings) -> Any:
+def _opened(settings: Settings, *, insecure: bool = False) -> Any:
     from loramix.cli.opening import hush, import_quickly, no_collection, notice
     from loramix.serve.settings import open_service
 
     hush(bars=False)
     with notice(f"Opening {settings.model.model} ..."), no_collection():
         import_quickly()
-        return open_service(settings)
+        return open_service(settings, insecure=insecure)
 
 
-def _require_loopback(host: str) -> None:
+def _require_loopback(settings: Settings) -> None:
+    """ServeError if other machines were let in and no keys asked for."""
+    from loramix.lm import own_database
+    from loramix.store import Store
+
+    host = settings.host
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_loopback = False
-    if not is_loopback:
-        raise ServeError(
-            f"{host} lets other machines in, and no keys are asked for; use 127.0.0.1, or say "
-            f"--insecure."
-        )
+    if is_loopback:
+        return
+    with Store.open(settings.database or own_database()) as store:
+        if store.keys.is_empty():
+            raise ServeError(
+                f"{host} lets other machines in, and there are no keys to ask for; make one with "
+                f"`loramix keys add`, use 127.0.0.1, or say --insecure."
+            )
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from loramix.errors import LoramixError
-from loramix.serve import adapters, metrics, openai, routing
+from loramix.serve import adapters, conversations, metrics, openai, routing
+from loramix.serve.access import Access
 from loramix.serve.door import Door
 from loramix.serve.failures import (
     FAILURES,
@@ -36,10 +38,12 @@ def create_app(service: Service) -> FastAPI:
         version=version("loramix"),
         description="One frozen base language model, many LoRA adapters, a mix for each request.",
         responses=FAILURES,
+        dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key."))],
     )
     app.state.service = service
-    for part in (openai, adapters, routing, metrics):
+    for part in (openai, adapters, routing, conversations, metrics):
         app.include_router(part.router)
+    app.add_middleware(Access, service=service)
     if service.cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.cors, allow_methods=["*"], allow_headers=["*"]

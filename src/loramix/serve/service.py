@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
-from loramix.errors import NotAllowed, UnknownAdapter
+from loramix.errors import NotAllowed, ServeError, UnknownAdapter
 from loramix.lm import LM, has_router
 from loramix.mix import Mix
 from loramix.serve.limits import Limits
 from loramix.serve.meter import Meter
+
+if TYPE_CHECKING:
+    from loramix.store import Store
 
 
 @dataclass(slots=True)
@@ -25,6 +29,7 @@ class Live:
     numbered: list[str] = field(default_factory=list)  # adapters by the number clients know them by
     hidden: set[str] = field(default_factory=set)  # adapters that were unloaded, not deleted
     is_ending: bool = False
+    writes: set[asyncio.Task[Any]] = field(default_factory=set)  # of answers that were stopped
     started: int = field(default_factory=lambda: int(time()))
 
 
@@ -37,14 +42,22 @@ class Service:
     """
 
     lm: LM
-    store: None = None  # a loramix.store.Store
+    store: Store | None = None  # where conversations and keys are; None keeps nothing
     limits: Limits = Limits()
     roots: tuple[Path, ...] = ()  # folders from which adapters may be loaded by path
     log_prompts: bool = False
+    insecure: bool = False  # other machines are let in even without keys
     cors: tuple[str, ...] = ()  # origins whose pages may call
     system_prompts: Mapping[str, str] = field(default_factory=dict)  # by adapter
     meter: Meter = field(default_factory=Meter)
     live: Live = field(default_factory=Live)
+
+    @property
+    def kept(self) -> Store:
+        """The store; ServeError if there is none."""
+        if self.store is None:
+            raise ServeError("This server keeps nothing; start it with a database.")
+        return self.store
 
     @property
     def default_mix(self) -> str:
@@ -73,6 +86,12 @@ class Caller:
     name: str = ""  # of the key
     is_admin: bool = True
     adapters: frozenset[str] | None = None  # those that may be used; None is all
+    owner: str = ""  # the key's id: what it makes is its own
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Whose conversations these are; an admin also has those from before there were keys."""
+        return (self.owner, "") if self.is_admin else (self.owner,)
 
     def names(self, service: Service) -> list[str]:
         """The adapters on offer to this caller."""

@@ -146,6 +146,7 @@ class Settings(Section):
     port: int = Field(8000, ge=0, le=65535)  # 0 is any that is free
     roots: tuple[str, ...] = Field((), strict=False)  # folders that adapters may be loaded from
     cors: tuple[str, ...] = Field((), strict=False)  # origins whose pages may call
+    database: str | None = None  # URL; $LORAMIX_DATABASE, or a file of yours
     log_file: str | None = None  # beside stderr; `loramix logs` reads it
     log_prompts: bool = False
 
@@ -205,13 +206,15 @@ def problems(settings: Settings) -> list[str]:
     return [str(error) for error in _problems(settings)]
 
 
-def open_service(settings: Settings) -> Service:
-    """Open the base, bring its adapters in, start the engine. Raises LoramixError."""
+def open_service(settings: Settings, *, insecure: bool = False) -> Service:
+    """Open the database and the base, bring adapters in, start the engine. Raises LoramixError."""
     from loramix import lm
     from loramix.engine.local import LocalEngine
+    from loramix.store import Store
 
     for error in _problems(settings):
         raise error
+    store = Store.open(settings.database or lm.own_database())
     shelf, base = settings.shelf, settings.model
     for adapter in settings.all_adapters:
         _bring_in(adapter, shelf)
@@ -233,6 +236,8 @@ def open_service(settings: Settings) -> Service:
                 opened.engine.add(precise, aligned=False)
         return Service(
             opened,
+            store,
+            insecure=insecure,
             limits=settings.limits.limits(),
             roots=tuple(Path(root).resolve() for root in settings.roots),
             log_prompts=settings.log_prompts,
