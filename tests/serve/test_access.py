@@ -131,18 +131,23 @@ def test_no_key_reaches_the_others_adapters(front, store):
         assert "sql" not in answer.json()["model"] + str(answer.json()["loramix"])
 
 
-def test_the_same_prompt_never_comes_from_the_others_cache(front, store, lm):
+def test_the_same_prompt_never_comes_from_the_others_cache(shop, store):
+    with loramix.open(shop.base, shop.library) as lm, running(Service(lm, store)) as front:
+        _ask_by_turns(front, store, lm)
+
+
+def _ask_by_turns(front, store, lm):
     text = "the names of all singers and the ages of all pupils"
     secrets = {name: store.keys.add(name, adapters=[name])[1] for name in ("banking", "sql")}
     with client(front, secrets["sql"]) as other:
         assert say(other, text, "sql").is_success
-    before = lm.engine.statistics().num_cached_tokens
+    assert lm.engine.statistics().num_cached_tokens == 0
     with client(front, secrets["banking"]) as mine:
         assert say(mine, text, "banking").is_success
-    assert lm.engine.statistics().num_cached_tokens == before
+    assert lm.engine.statistics().num_cached_tokens == 0
     with client(front, secrets["sql"]) as other:
         assert say(other, text, "sql").is_success
-    assert lm.engine.statistics().num_cached_tokens > before  # it was there
+    assert lm.engine.statistics().num_cached_tokens > 10  # it was there
 
 
 def test_limits_answer_429_and_say_when_to_come_back(front, store):
