@@ -55,9 +55,27 @@ def test_later_files_and_assignments_win_and_mappings_merge(written):
 
 def test_variables_are_read_as_yaml_reads_them(written, monkeypatch):
     monkeypatch.setenv("PORT", "99")
-    path = written('port: ${env.PORT}\nhost: ${env.HOST_GIVEN | "::1"}\nlibrary: "x-${env.PORT}"\n')
+    path = written('port: ${env.PORT}\nhost: ${env.HOST_GIVEN | ::1}\nlibrary: "x-${env.PORT}"\n')
     settings = load([path])
     assert (settings.port, settings.host, settings.library) == (99, "::1", "x-99")
+
+
+@pytest.mark.parametrize("value", ["/data/x #1", "a: [", "*x", "\tx", "{", "-", "", "true x"])
+def test_a_variable_is_one_value_whatever_is_in_it(written, monkeypatch, value):
+    monkeypatch.setenv("PLACE", value)
+    if value:
+        assert load([written("library: ${env.PLACE}\n")]).library == value
+    assert load([written('library: "${env.PLACE}"\n')]).library == value
+
+
+def test_a_number_in_quotes_is_a_text(written, monkeypatch):
+    monkeypatch.setenv("PLACE", "0123")
+    assert load([written('library: "${env.PLACE}"\n')]).library == "0123"
+
+
+def test_a_folder_is_no_file_of_settings(tmp_path):
+    with pytest.raises(SettingsError, match="cannot be read: Is a directory"):
+        load([tmp_path])
 
 
 def test_a_component_block_of_other_servers(written):
@@ -121,6 +139,11 @@ BAD = {
     "host: ${HOME}": r"'\$\{HOME\}' is no variable; expected \$\{env.NAME\}",
     "- a\n- b": r"holds no mapping",
     "a: [": r"is not YAML that can be read",
+    "base: {<<: *x}": r"is not YAML that can be read",
+    "base: &a {model: pocket}\nengine: {<<: *a}": r"is not YAML|is no setting",
+    "a: !!python/object:os.system {}": r"is not YAML that can be read|is no setting",
+    "port: !!int x": r"is not YAML that can be read",
+    "base: &a {model: *a}": r"is not YAML that can be read: it goes round in circles|recursi",
 }
 
 
@@ -132,7 +155,10 @@ def test_each_mistake_has_its_sentence(written, text):
     assert "\n" not in str(failure.value)
 
 
-@pytest.mark.parametrize("assignment", ["port", "=3", "a..b=3", "port=[", "engine.max=1"])
+@pytest.mark.parametrize(
+    "assignment",
+    ["port", "=3", "a..b=3", "port=[", "engine.max=1", "base.model.x=1", "adapters.0.name=x"],
+)
 def test_assignments_that_cannot_be_honoured(assignment):
     with pytest.raises(SettingsError, match="--set"):
         load([], [assignment])

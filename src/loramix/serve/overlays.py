@@ -35,18 +35,20 @@ class Overlays:
         variable that is not set.
         """
         try:
-            text = path.read_text("utf-8")
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
+            if root is None:
+                return
+            if not isinstance(root, yaml.MappingNode):
+                raise SettingsError(f"{path} holds no mapping; expected lines like 'base: pocket'.")
+            above = _Reader(path, env, self.places).value(root, ())
         except FileNotFoundError:
             raise SettingsError(f"{path} does not exist; expected a file of settings.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            said = " ".join(str(error).split())
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be read: {error.strerror}.") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            said = " ".join(str(error).split()) or "it goes round in circles"
             raise SettingsError(f"{path} is not YAML that can be read: {said}.") from error
-        if root is None:
-            return
-        if not isinstance(root, yaml.MappingNode):
-            raise SettingsError(f"{path} holds no mapping; expected lines like 'base: pocket'.")
-        self.data = self._merged(self.data, _Reader(path, env, self.places).value(root, ()), ())
+        self.data = self._merged(self.data, above, ())
 
     def set(self, assignment: str) -> None:
         """Lay `a.b=c` over what is there; c is read as YAML."""
@@ -56,9 +58,10 @@ class Overlays:
             raise SettingsError(f"--set {assignment!r} cannot be read; expected a.b=value.")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise SettingsError(f"--set {name}: {text!r} is not YAML.") from error
-        self.places[tuple(parts)] = f"--set {name}"
+        for end in range(1, len(parts) + 1):
+            self.places[tuple(parts[:end])] = f"--set {name}"
         for part in reversed(parts):
             value = {part: value}
         self.data = self._merged(self.data, value, ())
@@ -97,8 +100,11 @@ class _Reader:
         filled = self._filled(node, place)
         if filled == node.value:
             return _plain(node)
-        # A variable's value is read as YAML reads it, so a port is a number.
-        return yaml.safe_load(filled) if node.style is None else filled
+        # A variable's value means what one plain word of YAML means: a port is a number. It is a
+        # word and not a document, whatever characters are in it; in quotes it is always a text.
+        resolver: Any = yaml.SafeLoader("")
+        tag = resolver.resolve(yaml.ScalarNode, filled, (node.style is None, False))
+        return _plain(yaml.ScalarNode(tag, filled, node.start_mark, node.end_mark, node.style))
 
     def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
         found: dict[str, Any] = {}
