@@ -34,7 +34,11 @@ class Store:
     def open(cls, url: str) -> Self:
         """Connect, and bring the tables to this version's form. StoreError if that fails."""
         database = Database(url)
-        database.migrate()
+        try:
+            database.migrate()
+        except BaseException:
+            database.close()
+            raise
         return cls(database)
 
     @property
