@@ -1,0 +1,226 @@
+"""Searching weights: trials per second against PEFT, and the gradient against hill climbing.
+
+    pip install -r benchmarks/requirements.txt
+    LORAMIX_DATA=... python benchmarks/search.py [--quick] [--json FILE]
+
+A trial is the loss of one mix on the same rows. PEFT makes a new adapter for each by
+`add_weighted_adapter` (`cat`, exact, or `svd`, its default, to the rank of one adapter), activates
+it, runs the same passes and deletes it; here a trial is a row of gates. Both compute the output
+layer at the answers' tokens alone. Pocket has its five experts and real held-out rows; the larger
+model is random (12 layers of 768, five adapters of rank 16 on all linear layers). Peers take turns;
+medians.
+
+The time to hill climbing's loss counts everything from the first start on, on pocket, on rows of
+two tasks that no single expert knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loramix.adapter import Adapter, Card
+from loramix.base import Base, fingerprint, open_base
+from loramix.chat import Example
+from loramix.formats import peft
+from loramix.library import Library
+from loramix.lm import POCKET_LIBRARY
+from loramix.lora import Pair
+from loramix.mixed import linear_shapes
+from loramix.search import Progress
+from loramix.search.find import find
+from loramix.search.gates import GateLoss, Row
+from recipes.pocket.tasks import load
+
+ROWS = 40  # of each task
+HILL = 200  # trials
+WIDTH, LAYERS, RANK, COUNT = 768, 12, 16, 5
+
+
+def examples(*tasks: str) -> list[Example]:
+    found: list[Example] = []
+    for task in tasks:
+        rows = list(load(task, Path(os.environ["LORAMIX_DATA"])).heldout)
+        random.Random(0).shuffle(rows)
+        found += rows[:ROWS]
+    return found
+
+
+def mid_sized(base: Base) -> Base:
+    """Random, with pocket's tokens."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 6144,
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": WIDTH // 64,
+        "max_position_embeddings": 1024,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**shape)).eval().requires_grad_(False)
+    return Base("random-110m", model, base.tokenizer, fingerprint(model))
+
+
+def random_adapters(base: Base, folder: Path) -> list[Adapter]:
+    found = []
+    for n in range(COUNT):
+        generator = torch.Generator().manual_seed(n)
+        pairs = {
+            name: Pair(
+                torch.randn(RANK, into, generator=generator) * into**-0.5,
+                torch.randn(out, RANK, generator=generator) * 0.02,
+            )
+            for name, (out, into) in linear_shapes(base.model).items()
+            if name != "lm_head"
+        }
+        adapter = Adapter(f"a{n}", pairs, peft.digest(pairs), Card(f"a{n}", base=base.id))
+        (folder / adapter.name).mkdir()
+        peft.write(adapter, folder / adapter.name)
+        found.append(adapter)
+    return found
+
+
+class Peer:
+    """PEFT: a merged adapter for each trial."""
+
+    def __init__(self, base: Base, folder: Path, names: Sequence[str], rows: list[Row]) -> None:
+        first, *others = names
+        self.model = PeftModel.from_pretrained(base.model, folder / first, adapter_name=first)
+        for name in others:
+            self.model.load_adapter(folder / name, adapter_name=name)
+        self.model.eval()
+        self.names = list(names)
+        self.loss = GateLoss(base, [], [])  # its passes, without gates
+        self.loss.rows = rows
+
+    def trial(self, weights: Sequence[float], how: str) -> float:
+        rank = {"svd_rank": RANK, "svd_full_matrices": False} if how == "svd" else {}
+        self.model.add_weighted_adapter(
+            self.names, list(weights), "trial", combination_type=how, **rank
+        )
+        self.model.set_adapter("trial")
+        try:
+            rows = range(len(self.loss.rows))
+            return float(self.loss.losses(np.zeros((1, 0)), rows).sum())
+        finally:
+            self.model.delete_adapter("trial")
+
+
+def rate(work: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    work()
+    return count / (time.perf_counter() - start)
+
+
+def trials(name: str, base: Base, adapters: list[Adapter], folder: Path, rows: Any, repeats: int):
+    """Trials per second of ours and both of PEFT's, in turns."""
+    points = np.random.default_rng(0).uniform(0.1, 0.5, (8, len(adapters)))
+    rates: dict[str, list[float]] = {"gates": [], "cat": [], "svd": []}
+    for n in range(repeats + 1):
+        with GateLoss(base, adapters, rows) as loss:
+            every = range(len(loss.rows))
+            ours = rate(lambda: loss.losses(points, every), len(points))  # noqa: B023
+            sums = loss.losses(points[:1], every).sum()
+        peer = Peer(base, folder, [a.name for a in adapters], loss.rows)
+        cat = rate(lambda: peer.trial(points[0], "cat"), 1)  # noqa: B023
+        assert abs(peer.trial(points[0], "cat") / sums - 1) < 1e-3, "cat is exact, and so are gates"
+        svd = rate(lambda: peer.trial(points[0], "svd"), 1)  # noqa: B023
+        base.model.__dict__.pop("peft_config", None)
+        peer.model.unload()
+        if n:  # the first round warms up
+            for key, value in (("gates", ours), ("cat", cat), ("svd", svd)):
+                rates[key].append(value)
+    found = {key: median(values) for key, values in rates.items()}
+    for key, value in found.items():
+        print(
+            f"  {name:8} {key:6} {value:9.3f} trials/s   ours x {found['gates'] / value:.1f}",
+            flush=True,
+        )
+    return found
+
+
+def curve(loss: GateLoss, rows: Sequence[Example], method: str, budget: float):
+    """(seconds, loss on the search rows) after each report."""
+    seen: list[tuple[float, float]] = []
+    start = time.perf_counter()
+
+    def report(progress: Progress) -> None:
+        seen.append((time.perf_counter() - start, progress.loss))
+
+    found = find(loss, [row.query for row in rows], method=method, budget=budget, report=report)
+    return seen, found
+
+
+def descent(base: Base, adapters: list[Adapter], rows: list[Example]) -> tuple[float, float]:
+    """Seconds of hill climbing, and of the gradient until its loss is as low."""
+    with GateLoss(base, adapters, rows) as loss:
+        curve(loss, rows, "hill", 10)  # warms up
+        hill, climbed = curve(loss, rows, "hill", HILL)
+        goal = hill[-1][1]
+        first = next(at for at, value in hill if value <= goal)
+        steps, found = curve(loss, rows, "gradient", HILL)
+    reached = next(at for at, value in steps if value <= goal)
+    print(f"  hill     {goal:.4f} in {first:6.1f} s, held out {climbed.loss:.4f}", flush=True)
+    print(f"  gradient {goal:.4f} in {reached:6.1f} s, ends at {steps[-1][1]:.4f} in "
+          f"{steps[-1][0]:.1f} s, held out {found.loss:.4f}")  # fmt: skip
+    return first, reached
+
+
+def row(work: str, figure: float, unit: str, peer: float, target: float, better: str) -> Any:
+    return {
+        "work": work,
+        "figure": round(figure, 4),
+        "unit": unit,
+        "peer": round(peer, 4),
+        "target": target,
+        "better": better,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--part", choices=("trials", "descent"), help="only this")
+    options = parser.parse_args()
+    base = open_base()
+    shelf = Library(POCKET_LIBRARY)
+    experts = [shelf.load(name) for name in shelf.names()]
+    both = examples("support", "banking")
+    found: list[Any] = []
+    if options.part != "descent":
+        repeats = 1 if options.quick else 3
+        with tempfile.TemporaryDirectory() as folder:
+            made = trials("pocket", base, experts, POCKET_LIBRARY, both[20:60], repeats)
+            mid = mid_sized(base)
+            adapters = random_adapters(mid, Path(folder))
+            larger = trials("110M", mid, adapters, Path(folder), both[36:44], 1)
+        for name, rates in (("pocket", made), ("110M", larger)):
+            for peer in ("cat", "svd"):
+                work = f"trials, {name}, against PEFT's {peer}"
+                found.append(row(work, rates["gates"], "trials/s", rates[peer], 1, "higher"))
+    if options.part != "trials":
+        climbed, reached = descent(base, experts, both)
+        work = "gradient until hill climbing's loss, against it"
+        found.append(row(work, reached, "s", climbed, 0.1, "lower"))
+    if options.json:
+        options.json.write_text(json.dumps({"rows": found}, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
