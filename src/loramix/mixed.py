@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loramix.adapter import Adapter
-from loramix.errors import BaseMismatch, UnknownAdapter
+from loramix.errors import BaseError, BaseMismatch, UnknownAdapter
 from loramix.frozen import FrozenLinear, product
 from loramix.linear import matrix_of, shape
 from loramix.lora import Pair
@@ -321,6 +321,23 @@ class MixedModel:
             for layer in self.layers.values():
                 layer.siblings.drop(old)
         self._sets, self._num_used = self._sets[-num_kept:], 0
+
+    @contextmanager
+    def output_at(self, wanted: Tensor) -> Iterator[None]:
+        """The output layer sees the wanted positions [N, T] alone: its logits are [tokens, V].
+
+        It is the largest matrix of a small model, and most positions of a row to learn are prompt.
+        """
+        model: Any = self.model
+        head = model.get_output_embeddings()
+        if head is None:
+            kind = type(model).__name__
+            raise BaseError(f"{kind} has no output layer; use a causal language model.")
+        hook = head.register_forward_pre_hook(lambda _, given: (given[0][wanted], *given[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def release(self) -> None:
         """Put the base's own layers back; the model is as it was before it was wrapped."""

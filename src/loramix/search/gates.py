@@ -8,10 +8,9 @@ adapter is sum_t (B^T G_t) . (A x_t) over layers and tokens: it costs what the r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -149,24 +148,13 @@ class GateLoss:
         targets = torch.cat([torch.tensor(row.ids[row.answer_at :]) for row in rows])
         device, active = weights.device, self._mixed.active
         with (
-            _head_sees(self._mixed.model, judged),
+            self._mixed.output_at(judged),
             active.using(Gates(self._names, weights[:, None])),
         ):
             logits = self._mixed.model(input_ids=ids.to(device), use_cache=False).logits
         nats = F.cross_entropy(logits.to(weights.dtype), targets.to(device), reduction="none")
         parts = nats.split_with_sizes([row.num_judged for row in rows])
         return torch.stack([part.sum() for part in parts])
-
-
-@contextmanager
-def _head_sees(model: Any, judged: Tensor) -> Iterator[None]:
-    """The output layer computes the judged positions [N, T] alone: logits are [tokens, V]."""
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0][judged], *given[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _row(base: Base, example: Example) -> Row:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +44,7 @@ def losses(mixed: MixedModel, batch: Batch, *, bf16: bool = False) -> list[Tenso
     labels = batch.labels.to(device)
     learned = labels != IGNORED
     with (
-        _output_of(mixed.model, learned),
+        mixed.output_at(learned),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
         logits = mixed.model(
@@ -74,24 +73,6 @@ def check_packing(model: nn.Module) -> None:
         raise TrainError(
             f"Packed rows would see each other in {type(model).__name__}; train it without packing."
         )
-
-
-@contextmanager
-def _output_of(model: nn.Module, wanted: Tensor) -> Iterator[None]:
-    """The output layer sees the wanted positions [N, T] alone: its logits are [tokens, V].
-
-    It is the largest matrix of a small model, and most positions are prompt.
-    """
-    head = cast(Any, model).get_output_embeddings()
-    if head is None:
-        raise TrainError(
-            f"{type(model).__name__} has no output layer; use a causal language model."
-        )
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0][wanted], *given[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
