@@ -57,6 +57,7 @@ def test_what_cannot_be_is_said_and_nothing_is_written(shop, tmp_path, capsys):
         (("nobody", out, "--library", shop.library), "No adapter 'nobody'"),
         (("base", out, "--library", shop.library), "nothing to merge"),
         ((tmp_path / "x.gguf", tmp_path / "a"), "give --base for"),
+        ((shop.base, out, "--rank", "4"), "--rank, --exact and --lora-only are for adapters"),
         ((shop.base, out, "--type", "q5"), "Unknown GGUF type 'q5'"),
     ]
     for words, message in cases:

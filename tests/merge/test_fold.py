@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramix.adapter import Adapter, Card
-from loramix.errors import AdapterError, BaseMismatch, MergeError
+from loramix.errors import AdapterError, BaseMismatch, FormatError, MergeError
 from loramix.formats import peft
 from loramix.lora import Pair
 from loramix.merge.core import Size
@@ -159,6 +159,20 @@ def test_what_cannot_be_merged_is_refused(model, adapters):
     dora = random_adapter(model, "b", dora=True)
     with pytest.raises(MergeError, match="--into"):
         merge_adapters({**adapters, "b": dora}, recipe("a+b"))
+    with pytest.raises(MergeError, match="no rank to compress"):
+        merge_adapters({"b": dora}, recipe("b"), Size(2))
+
+
+def test_dora_beside_plain_updates_is_not_written(model, tmp_path):
+    dora, plain = random_adapter(model, "a", dora=True), random_adapter(model, "b")
+    first, *rest = plain.pairs
+    alone = {
+        "a": replace(dora, pairs={first: dora.pairs[first]}),
+        "b": replace(plain, pairs={layer: plain.pairs[layer] for layer in rest}),
+    }
+    with pytest.raises(FormatError, match="beside plain ones"):
+        merge_adapters(alone, recipe("a+b")).save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_adapters_of_different_bases_are_refused(adapters):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -118,6 +119,16 @@ def test_the_command_looks_and_proves(shop, tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_base_that_is_not_the_one_is_told(shop, tmp_path, capsys):
+    library = tmp_path / "library"
+    shutil.copytree(shop.library, library)
+    card = library / "sql" / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"base_fingerprint": "0" * 16}))
+    words = ["merge", "--library", str(library), "-m", "sql", "--into", shop.base, "-o"]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert "sql was trained on weights other than" in capsys.readouterr().err
+
+
 def test_merging_from_python(llama, shop, tmp_path):
     base, folder, adapters = llama
     for name in "ab":
@@ -142,6 +153,10 @@ def test_merging_from_python(llama, shop, tmp_path):
         merger.merge("weighted", weights=[1, 2, 3])
     with pytest.raises(MergeError, match="weight for c"):
         merger.merge("weighted", weights={"a": 1, "c": 1})
+    with pytest.raises(MergeError, match="no weight for b"):
+        merger.merge("weighted", weights={"a": 1})
+    with pytest.raises(MergeError, match="at least 1"):
+        merging.adapter(rank=0)
     with pytest.raises(MergeError, match="nothing to merge"):
         loramix.Merger(folder, [])
     with pytest.raises(MergeError, match="one file"):

@@ -255,6 +255,33 @@ def test_methods_say_what_they_cannot_do():
         merged("ties-normalised", updates((1.0, pair(1)), (-0.5, pair(1, 1))))
 
 
+@pytest.mark.parametrize("name", ["karcher", "mean-direction"])
+def test_directions_that_cancel_out_are_refused(name):
+    one = pair(2, 1)
+    with pytest.raises(MergeError, match="cancel out"):
+        merged(name, updates((0.5, one), (0.5, Pair(one.a, -one.b))))
+
+
+@pytest.mark.parametrize("name", ["slerp", "karcher", "mean-direction"])
+def test_an_update_that_is_zero_but_for_rounding_is_no_direction(name):
+    one, squares = pair(3, 1), []
+    for seed in range(13, 25):
+        other = pair(3, seed)
+        nothing = Pair(torch.cat([other.a, other.a]), torch.cat([other.b, -other.b], dim=1))
+        given = updates((0.5, one), (0.5, nothing))
+        squares.append(float(given.gram()[1, 1]))
+        assert merged(name, given).isfinite().all()
+    assert min(squares) < 0  # what rounding makes of a zero
+
+
+@pytest.mark.parametrize("name", ["core-dare-ties", "knots-dare-ties"])
+def test_what_is_dropped_differs_between_layers(name):
+    given = updates((1.0, pair(6, 1)), (1.0, pair(6, 2)))
+    other = Updates("another", given.names, given.weights, given.pairs)
+    close(merged(name, given), merged(name, given))
+    assert (merged(name, given) - merged(name, other)).norm() > 0.1
+
+
 @names
 def test_every_method_names_its_paper(name):
     assert find(name).source.startswith("https://")

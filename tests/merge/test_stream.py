@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from loramix.errors import BaseError, BaseMismatch, LoramixError, MergeError
 from loramix.formats import peft
+from loramix.formats.readme import describe
 from loramix.lm import POCKET, POCKET_LIBRARY
 from loramix.merge import journal, stream
 from loramix.merge.checkpoint import open_checkpoint
@@ -200,6 +201,53 @@ def test_fused_projections_and_old_prefixes_on_disk(llama, tmp_path):
         torch.testing.assert_close(found[name], expected[name])
 
 
+def test_one_file_beside_an_index_keeps_its_index(llama, tmp_path):
+    _, folder, adapters = llama
+    one = rewritten(folder, tmp_path / "base", lambda found: found)
+    name = "model-00001-of-00001.safetensors"
+    (one / "model.safetensors").rename(one / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors(one), name)}
+    (one / "model.safetensors.index.json").write_text(json.dumps(index))
+    merge_into(one, adapters, recipe(), tmp_path / "out")
+    merge_into(folder, adapters, recipe(), tmp_path / "whole")
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "whole"))
+
+
+def test_rows_that_two_layers_would_own_are_refused(llama, tmp_path):
+    _, folder, adapters = llama
+    older = {name.removeprefix("model."): pair for name, pair in adapters["b"].pairs.items()}
+    both = {**adapters, "b": replace(adapters["b"], pairs=older)}
+    with pytest.raises(BaseMismatch, match="the same rows"):
+        merge_into(folder, both, recipe(), tmp_path / "out")
+    merge_into(folder, {"b": both["b"]}, recipe("b"), tmp_path / "out")
+
+
+def test_a_merged_model_has_a_card(llama, tmp_path):
+    _, folder, adapters = llama
+    told = {
+        name: replace(each, card=replace(each.card, base="owner/base", licence=licence))
+        for (name, each), licence in zip(
+            sorted(adapters.items()), ["mit", "cc-by-4.0"], strict=True
+        )
+    }
+    merge_into(folder, told, recipe(), tmp_path / "out")
+    matter = describe(tmp_path / "out").front_matter()
+    assert matter["base_model"] == "owner/base"
+    assert matter["base_model_relation"] == "merge"
+    assert matter["license"] == "cc-by-4.0"
+
+
+def test_the_base_is_not_replaced_by_its_merge(llama, tmp_path):
+    _, folder, adapters = llama
+    base = tmp_path / "models" / "base"
+    shutil.copytree(folder, base)
+    before = bytes_of(base)
+    for out in (base, base.parent):
+        with pytest.raises(MergeError, match="the base itself"):
+            merge_into(base, adapters, recipe(), out, replace=True)
+    assert bytes_of(base) == before
+
+
 def damaged(folder, out, name, change):
     shutil.copytree(folder, out)
     (out / name).write_bytes(change((out / name).read_bytes()))
@@ -314,7 +362,7 @@ def test_a_merge_that_died_is_taken_up_where_it_was(llama, tmp_path, monkeypatch
 def test_what_an_earlier_run_left_is_trusted_only_if_it_is_the_same(llama, tmp_path, monkeypatch):
     _, folder, adapters = llama
     merge_into(folder, adapters, recipe(), tmp_path / "whole")
-    for damage in ("bytes", "recipe", "tail"):
+    for damage in ("bytes", "recipe", "tail", "journal"):
         earlier = recipe("a") if damage == "recipe" else recipe()
         with monkeypatch.context() as patch:
             stopped_after(5, patch)
@@ -327,6 +375,8 @@ def test_what_an_earlier_run_left_is_trusted_only_if_it_is_the_same(llama, tmp_p
         elif damage == "tail":
             with (part / journal.JOURNAL).open("a") as file:
                 file.write('{"tensor": "model.l')
+        elif damage == "journal":
+            (part / journal.JOURNAL).write_bytes(bytes(99) + b"\n")
         did = merge_into(folder, adapters, recipe(), tmp_path / "out")
         assert (did.num_resumed >= 5) == (damage == "tail")
         assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")

@@ -47,6 +47,11 @@ def convert(
     if out.exists():
         raise BadRequest(f"{out} exists; remove it first, or give another place.")
     if _is_model(source) and out.suffix == ".gguf":
+        if base or rank or exact or lora_only:
+            raise BadRequest(
+                f"{source} is a whole model: --base, --rank, --exact and --lora-only are for "
+                f"adapters, not for a model in GGUF."
+            )
         _convert_model(source, out, kind)
     else:
         fitting = Fitting(rank, exact, lora_only)

@@ -74,8 +74,10 @@ def merge(
             merged.save(output, replace=replace)
             typer.echo(_told(merged, output))
             return
+        from loramix.merge.lint import trained_elsewhere
         from loramix.merge.stream import base_folder, merge_into
 
+        strangers = trained_elsewhere(adapters.values(), base_folder(into))
         did = merge_into(
             base_folder(into), adapters, recipe, output, shard_bytes=shard_bytes, replace=replace
         )
@@ -84,6 +86,12 @@ def merge(
             from loramix.merge.proof import prove as compare
 
             proof = compare(base_folder(into), output, adapters, wanted)
+    for name in strangers:
+        typer.echo(
+            f"{name} was trained on weights other than those of {into}, or its files use older "
+            f"names; --lint and --prove tell more.",
+            err=True,
+        )
     resumed = f", {did.num_resumed} of them by an earlier run" if did.num_resumed else ""
     typer.echo(
         f"Merged {wanted} by {method} into {output}: {did.num_folded} of {did.num_tensors} tensors "

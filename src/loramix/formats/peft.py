@@ -72,8 +72,13 @@ def write(adapter: Adapter, folder: str | Path, *, dtype: torch.dtype | None = N
     """Write a PEFT folder with alpha = r; a mix of ranks goes into rank_pattern and alpha_pattern.
 
     Reading it back and writing again gives the same bytes. The folder appears whole or not at all.
-    Raises AdapterError if it exists.
+    Raises AdapterError if it exists, FormatError if some updates are DoRA and some are not.
     """
+    if len({pair.magnitude is None for pair in adapter.pairs.values()}) > 1:
+        raise FormatError(
+            f"{adapter.name!r} has DoRA updates beside plain ones, which a PEFT file cannot say; "
+            f"turn the DoRA into a plain LoRA first (loramix convert --base BASE --rank R)."
+        )
     tensors = {}
     for layer, pair in adapter.pairs.items():
         for part, tensor in _parts(pair if dtype is None else pair.to(dtype)):

@@ -15,7 +15,7 @@ from loramix.lora import Pair
 from loramix.merge.core import Core
 from loramix.merge.entries import dare_ties, ties
 from loramix.merge.registry import on_units
-from loramix.merge.rows import combined, dense
+from loramix.merge.rows import View, combined, dense
 from loramix.merge.updates import Updates
 
 CORE = "https://arxiv.org/abs/2509.17786"
@@ -26,7 +26,7 @@ KNOTS = "https://arxiv.org/abs/2410.19735"
 def core_ties(updates: Updates, *, density: float = 0.2) -> Pair:
     """TIES on the R by R cores."""
     core = Core.of(updates, "core-ties")
-    view = dense(core.cores, updates.weights, updates.names, seed=updates.seed)
+    view = _view(core.cores, updates)
     return core.pair(combined(view, ties(view, density=density)).double())
 
 
@@ -34,7 +34,7 @@ def core_ties(updates: Updates, *, density: float = 0.2) -> Pair:
 def core_dare_ties(updates: Updates, *, density: float = 0.5) -> Pair:
     """DARE-TIES on the R by R cores."""
     core = Core.of(updates, "core-dare-ties")
-    view = dense(core.cores, updates.weights, updates.names, seed=updates.seed)
+    view = _view(core.cores, updates)
     return core.pair(combined(view, dare_ties(view, density=density)).double())
 
 
@@ -42,7 +42,7 @@ def core_dare_ties(updates: Updates, *, density: float = 0.5) -> Pair:
 def knots_ties(updates: Updates, *, density: float = 0.2) -> Pair:
     """TIES on the right singular parts of all updates side by side."""
     left, right = _aligned(updates, "knots-ties")
-    view = dense(right, updates.weights, updates.names, seed=updates.seed)
+    view = _view(right, updates)
     return Pair(combined(view, ties(view, density=density)), left)
 
 
@@ -50,8 +50,12 @@ def knots_ties(updates: Updates, *, density: float = 0.2) -> Pair:
 def knots_dare_ties(updates: Updates, *, density: float = 0.5) -> Pair:
     """DARE-TIES on the right singular parts of all updates side by side."""
     left, right = _aligned(updates, "knots-dare-ties")
-    view = dense(right, updates.weights, updates.names, seed=updates.seed)
+    view = _view(right, updates)
     return Pair(combined(view, dare_ties(view, density=density)), left)
+
+
+def _view(deltas: Tensor, updates: Updates) -> View:
+    return dense(deltas, updates.weights, updates.names, layer=updates.layer, seed=updates.seed)
 
 
 def _aligned(updates: Updates, method: str) -> tuple[Tensor, Tensor]:

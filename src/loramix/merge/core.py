@@ -95,9 +95,14 @@ WHOLE = Size()
 
 
 def resized(pair: Pair, size: Size) -> tuple[Pair, float]:
-    """A pair at another size, and the energy it keeps; a DoRA is returned as it is."""
-    if not size.is_bound or pair.magnitude is not None:
+    """A pair at another size, and the energy it keeps; MergeError for a DoRA, which has none."""
+    if not size.is_bound:
         return pair, 1.0
+    if pair.magnitude is not None:
+        raise MergeError(
+            "A DoRA update has no rank to compress without its base; turn the adapter into a plain "
+            "LoRA first: loramix convert ADAPTER OUT --base BASE --rank R."
+        )
     core = Core.of(Updates("", ("",), torch.ones(1), (pair,)), "svd")
     return core.truncated(core.cores[0], size)
 

@@ -90,13 +90,16 @@ def sha256_of(file: int, offset: int, size: int) -> str:
 
 
 def _read(journal: IO[str], key: str) -> dict[str, str] | None:
-    """What an earlier run of the same merge wrote; None if there was none."""
+    """What an earlier run of the same merge wrote; None if there was none, or it is damaged."""
     journal.seek(0)
-    lines = [line for line in journal if line.endswith("\n")]  # a last one may be cut off
-    if not lines or json.loads(lines[0]) != {"key": key}:
+    try:
+        lines = [line for line in journal if line.endswith("\n")]  # a last one may be cut off
+        if not lines or json.loads(lines[0]) != {"key": key}:
+            return None
+        entries = [json.loads(line) for line in lines[1:]]
+        return {entry["tensor"]: entry["sha256"] for entry in entries}
+    except (ValueError, KeyError, TypeError):  # as a power cut may leave it
         return None
-    entries = [json.loads(line) for line in lines[1:]]
-    return {entry["tensor"]: entry["sha256"] for entry in entries}
 
 
 def _empty(folder: Path) -> None:

@@ -83,6 +83,15 @@ def lint(adapters: Mapping[str, Adapter], recipe: Recipe, base: str | Path | Non
     )
 
 
+def trained_elsewhere(adapters: Iterable[Adapter], base: str | Path) -> list[str]:
+    """Names of the adapters whose card says that they were trained on other weights."""
+    wanted = {adapter.name: adapter.card.base_fingerprint for adapter in adapters}
+    if not any(wanted.values()):
+        return []
+    found = fingerprint(open_checkpoint(base))
+    return [name for name, mark in wanted.items() if _compare(mark, found) == "differs"]
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
     """`base.fingerprint` of the model in these files, from their bytes: names, shapes, signs.
 

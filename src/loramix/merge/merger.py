@@ -19,7 +19,7 @@ from loramix.errors import MergeError
 from loramix.formats import peft
 from loramix.formats.hub import fetch, is_hub_id
 from loramix.library import Library
-from loramix.merge.core import WHOLE, Size
+from loramix.merge.core import Size
 from loramix.merge.fold import Merged, merge_adapters
 from loramix.merge.recipe import Recipe, settings_of
 from loramix.merge.stream import Into, base_folder, merge_into
@@ -97,6 +97,10 @@ class Merger:
                 f"There is a weight for {', '.join(sorted(strays))}; expected a name of "
                 f"{', '.join(self.adapters)}."
             )
+        if missing := self.adapters.keys() - weights.keys():
+            raise MergeError(
+                f"There is no weight for {', '.join(sorted(missing))}; give 0 to leave it out."
+            )
         known = "sum" if method == "weighted" else method
         return Merging(self, Recipe(Mix(weights), known, settings_of(settings), seed))
 
@@ -116,8 +120,7 @@ class Merging:
 
     def adapter(self, *, rank: int | None = None, energy: float | None = None) -> Merged:
         """As one adapter, whatever the base."""
-        size = Size(rank, energy) if rank or energy else WHOLE
-        return merge_adapters(self.merger.adapters, self.recipe, size)
+        return merge_adapters(self.merger.adapters, self.recipe, Size(rank, energy))
 
     def save_pretrained(
         self, folder: str | Path, *, shard_bytes: int | None = None, replace: bool = False

@@ -60,6 +60,7 @@ def places(adapters: Iterable[Adapter], checkpoint: Checkpoint) -> dict[str, Pla
     placed = {layer: place for layer, place in found.items() if place}
     for layer, place in placed.items():
         _check_shape(place, shapes[layer], checkpoint)
+    _check_apart(placed.values())
     return placed
 
 
@@ -119,6 +120,18 @@ def _check_shape(place: Place, wanted: tuple[tuple[int, int], str], checkpoint: 
             f"{list(side)} in {checkpoint.folder}; it was trained for another base: merge it there."
         )
     place.stored.dtype  # noqa: B018  refuses what is quantised
+
+
+def _check_apart(placed: Iterable[Place]) -> None:
+    """BaseMismatch if two layers own the same rows: one of their updates would be lost."""
+    last: Place | None = None
+    for place in sorted(placed, key=lambda place: (place.stored.name, place.start)):
+        if last and last.stored.name == place.stored.name and place.start < last.stop:
+            raise BaseMismatch(
+                f"The adapters call the same rows of {place.stored.name} {last.layer} and "
+                f"{place.layer}; merge adapters that were trained on one form of the base."
+            )
+        last = place
 
 
 def _no_place(strays: list[str], count: int, adapter: str, checkpoint: Checkpoint) -> str:

@@ -105,12 +105,19 @@ class View:
         return torch.stack(found)
 
 
-def dense(deltas: Tensor, weights: Tensor, names: tuple[str, ...] = (), *, seed: int = 0) -> View:
+def dense(
+    deltas: Tensor,
+    weights: Tensor,
+    names: tuple[str, ...] = (),
+    *,
+    layer: str = "",
+    seed: int = 0,
+) -> View:
     """A view of updates [K, O, D] that are there already, such as coordinates in a small basis."""
     names = names or tuple(f"update-{k}" for k in range(len(deltas)))
     shape = (deltas.shape[1], deltas.shape[2])
     single = deltas.float()
-    return View("", names, weights, shape, lambda start, stop: single[:, start:stop], seed)
+    return View(layer, names, weights, shape, lambda start, stop: single[:, start:stop], seed)
 
 
 def combined(view: View, combine: Combine) -> Tensor:

@@ -10,6 +10,7 @@ from loramix.merge.registry import coefficients
 from loramix.merge.updates import Updates
 
 SMALL = 1e-12
+OPPOSED = 1e-6  # unit vectors whose mean is shorter than this have none to speak of
 STEPS = 100  # of Karcher's iteration; it converges in fewer than ten for acute angles
 
 
@@ -36,7 +37,7 @@ def slerp(updates: Updates) -> Tensor:
     if len(shares) > 2:
         raise MergeError(f"slerp is for two adapters, got {len(shares)}; use karcher for more.")
     gram = updates.gram()
-    norms = gram.diagonal().sqrt()
+    norms = gram.diagonal().clamp(min=0).sqrt()
     if len(shares) == 1 or norms.min() < SMALL:
         return shares
     angle = torch.acos((gram[0, 1] / norms.prod()).clamp(-1, 1))
@@ -58,6 +59,8 @@ def karcher(updates: Updates) -> Tensor:
     if not live.any():
         return shares
     cosines = gram[live][:, live] / torch.outer(norms[live], norms[live])
+    if (shares[live] @ cosines @ shares[live]).clamp(min=0).sqrt() < OPPOSED * shares[live].sum():
+        raise _cancelled(updates)
     direction = _karcher(cosines, shares[live])
     found = torch.zeros_like(norms)
     found[live] = direction / norms[live] * (shares * norms).sum()
@@ -76,10 +79,10 @@ def mean_direction(updates: Updates) -> Tensor:
     live = norms > SMALL
     direction = torch.where(live, shares / norms.clamp(min=SMALL), torch.zeros_like(norms))
     length = (direction @ gram @ direction).clamp(min=0).sqrt()
-    if length < SMALL:
-        raise MergeError(
-            f"The directions of the updates of {updates.layer} cancel out; use sum instead."
-        )
+    if not live.any():
+        return shares
+    if length < OPPOSED * shares[live].sum():
+        raise _cancelled(updates)
     return direction / length * (shares * norms).sum()
 
 
@@ -117,6 +120,12 @@ def _karcher(cosines: Tensor, shares: Tensor) -> Tensor:
         mean = torch.cos(length) * mean + torch.sin(length) / length * tangent
         mean = mean / (mean @ cosines @ mean).sqrt()
     return mean
+
+
+def _cancelled(updates: Updates) -> MergeError:
+    return MergeError(
+        f"The directions of the updates of {updates.layer} cancel out; use sum instead."
+    )
 
 
 def _shares(updates: Updates) -> Tensor:

@@ -23,17 +23,19 @@ from torch import Tensor
 from loramix.adapter import Adapter
 from loramix.base import POCKET
 from loramix.errors import MergeError
+from loramix.formats.card import write_card
 from loramix.formats.hub import fetch, is_hub_id
 from loramix.lora import Pair
-from loramix.merge.checkpoint import Checkpoint, Stored, open_checkpoint
+from loramix.merge.checkpoint import ONE, Checkpoint, Stored, open_checkpoint
 from loramix.merge.files import Layout, copy_rest, kept_layout, new_layout, write_index
-from loramix.merge.fold import check_alike, write_recipe
+from loramix.merge.fold import check_alike, merged_card, write_recipe
 from loramix.merge.journal import Staging, part_of, sha256_of, staging
 from loramix.merge.pipe import Pipe, write_all
 from loramix.merge.places import Place, places
 from loramix.merge.recipe import Recipe
 from loramix.merge.registry import Outcome
 from loramix.merge.rows import BLOCK, Rows, View
+from loramix.mix import slug
 
 MARGIN = 64 << 20  # bytes left free on the disk
 
@@ -65,6 +67,8 @@ def merge_into(
     call. Raises BaseError, BaseMismatch, MergeError; `out` is then not there, or as it was.
     """
     checkpoint, out = open_checkpoint(base), Path(out)
+    if checkpoint.folder.resolve().is_relative_to(out.resolve()):
+        raise MergeError(f"{out} holds the base itself; give another folder to write.")
     sources = {name: adapters[name] for name in recipe.mix}
     check_alike(sources.values())
     placed = places(sources.values(), checkpoint)
@@ -77,8 +81,10 @@ def merge_into(
         resumed = _resumable(aside, layout)
         hashes, worst = _write(aside, layout, fold, resumed)
         copy_rest(checkpoint, aside.folder)
-        if len(layout.headers) > 1:
+        if layout.headers.keys() != {ONE}:
             write_index(aside.folder, layout)
+        cards = [adapter.card for adapter in sources.values()]
+        write_card(merged_card(slug(str(recipe.mix)), recipe, cards), aside.folder)
         write_recipe(
             aside.folder, recipe, sources, tensors=hashes, base=str(checkpoint.folder.name)
         )
