@@ -272,6 +272,11 @@ def test_bases_that_cannot_take_an_update_are_refused(llama, tmp_path):
         BaseError, "fetch it again", damaged(folder, tmp_path / "h", shard, lambda raw: b"{" * 99)
     )
     refused(BaseError, "fetch", damaged(folder, tmp_path / "e", shard, lambda raw: b""))
+    for index in ({}, {"weight_map": ["model.safetensors"]}, {"weight_map": {"lm_head": 1}}):
+        shutil.rmtree(tmp_path / "i", ignore_errors=True)
+        raw = json.dumps(index).encode()
+        bad = damaged(folder, tmp_path / "i", "model.safetensors.index.json", lambda _: raw)  # noqa: B023
+        refused(BaseError, "no map of tensors", bad)
     eight = rewritten(
         folder, tmp_path / "i8", lambda t: {k: v.to(torch.int8) for k, v in t.items()}
     )

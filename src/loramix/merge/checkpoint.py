@@ -106,7 +106,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             f"merge into the unquantised checkpoint, or serve the adapter on top of this one."
         )
     if (folder / INDEX).exists():
-        names = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
+        files = _json(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise BaseError(f"{folder / INDEX} has no map of tensors to files; fetch it again.")
+        names = sorted(set(files.values()))
     elif (folder / ONE).exists():
         names = [ONE]
     else:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter, get_tensor_name_map
+from gguf import GGUFWriter, get_tensor_name_map, quants
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramix.errors import FormatError
 from loramix.formats import peft
+from loramix.formats.gguf import writing
 from loramix.formats.gguf.adapter import read_adapter, write_adapter
 from loramix.formats.gguf.layout import layout
+from loramix.formats.gguf.writing import KINDS, LIMITS, Entry, encode
 from loramix.lora import Pair
 from loramix.merge.fold import merge_adapters
 from loramix.merge.recipe import Recipe
@@ -97,6 +100,24 @@ def test_half_precision_rounds_once(kind, error, tmp_path):
     again = read_adapter(tmp_path / "a.gguf", model.config)
     for layer, pair in adapter.pairs.items():
         assert ((again.pairs[layer].b - pair.b).abs() <= error * pair.b.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("value", [1e6, float("inf"), float("nan")])
+def test_numbers_that_a_precision_cannot_hold_are_refused(value, tmp_path):
+    file = tmp_path / "t.gguf"
+    entry = Entry("wide", (2, 32), KINDS["f16"], lambda: torch.full((2, 32), value))
+    with pytest.raises(FormatError, match=r"wide goes from .* F16 cannot hold"):
+        writing.write_gguf(file, "llama", lambda writer: None, [entry])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_largest_number_of_a_precision_stays_finite(kind):
+    largest = torch.full((2, 32), LIMITS[KINDS[kind]], dtype=torch.float32)
+    stored = encode(largest, KINDS[kind])
+    found = quants.dequantize(stored, KINDS[kind])
+    assert np.isfinite(found).all()
+    assert np.allclose(found, largest, rtol=0.2)
 
 
 def test_an_alpha_of_another_converter_is_honoured(tmp_path):

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, quants
 from torch import Tensor
 
+from loramix.errors import FormatError
 from loramix.formats.aside import aside
 
 KINDS = {
@@ -23,6 +24,14 @@ KINDS = {
     "bf16": Kind.BF16,
     "q8_0": Kind.Q8_0,
     "q4_0": Kind.Q4_0,
+}
+HALF = torch.finfo(torch.float16).max  # of a number, or of the scale of a block
+LIMITS = {
+    Kind.F32: torch.finfo(torch.float32).max,
+    Kind.F16: HALF,
+    Kind.BF16: torch.finfo(torch.bfloat16).max,
+    Kind.Q8_0: 127 * HALF,
+    Kind.Q4_0: 8 * HALF,
 }
 BYTES = np.dtype(np.uint8)
 BLOCK = 1 << 22  # values encoded at once, as rounding takes several copies of them
@@ -43,7 +52,8 @@ def write_gguf(
 ) -> None:
     """Write what `describe` adds and then each entry; the file appears whole or not at all.
 
-    Raises AdapterError if it exists or cannot be written.
+    Raises AdapterError if it exists or cannot be written, FormatError for a number that its
+    precision cannot hold.
     """
     entries = list(entries)
     with aside(file) as place, closing(GGUFWriter(place, architecture)) as writer:
@@ -56,7 +66,19 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry in entries:
-            writer.write_tensor_data(encode(entry.make(), entry.kind))
+            tensor = entry.make()
+            _check_range(entry, tensor)
+            writer.write_tensor_data(encode(tensor, entry.kind))
+
+
+def _check_range(entry: Entry, tensor: Tensor) -> None:
+    low, high = torch.aminmax(tensor.detach())
+    limit = LIMITS[entry.kind]
+    if not (-limit <= low and high <= limit):
+        raise FormatError(
+            f"{entry.name} goes from {low:g} to {high:g}, which {entry.kind.name} cannot hold; "
+            f"give another --type such as bf16, or check the model."
+        )
 
 
 def encode(tensor: Tensor, kind: Kind) -> np.ndarray[Any, Any]:
