@@ -26,6 +26,8 @@
     - NotAllowed             another key is needed
     - TooMany                the key's limit for a minute is reached
     - TookTooLong            the time for a request is over
+    - TaskCancelled          a workflow's task was cancelled while its output was waited for
+    - TaskFailed             what is asked for is the output of a task that failed
     - RouterFailed           the router broke: nothing is answered in its stead
     - Ending                 the server is shutting down
     - StorageFailed          the disk does not take what is to be kept
@@ -153,6 +155,20 @@ class NotAllowed(ServeError):
 
 class TookTooLong(ServeError):
     status = 504
+
+
+class TaskCancelled(ServeError):
+    status = 409
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"The task {id} was cancelled; run its workflow again.")
+
+
+class TaskFailed(ServeError):
+    status = 500
+
+    def __init__(self, id: str, reason: str) -> None:
+        super().__init__(f"The task {id} failed: {reason}")
 
 
 class RouterFailed(ServeError):

@@ -49,7 +49,18 @@ class Access:
             await self._app(scope, receive, send)
         finally:
             if key is not None:
-                self._rates.spend(key, _num_tokens(scope))
+                self._spend(key, scope)
+
+    def _spend(self, key: Key, scope: Scope) -> None:
+        """Count the tokens, now or when the work that the request left behind has ended."""
+
+        def count(_: object = None) -> None:
+            self._rates.spend(key, _num_tokens(scope))
+
+        if work := scope["state"]["trip"].work:
+            work[-1].add_done_callback(count)
+        else:
+            count()
 
     async def _key(self, scope: Scope) -> Key | None:
         """The key of a request; None for whoever needs none. NotKnown for everybody else."""

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from loramix.errors import LoramixError
-from loramix.serve import adapters, conversations, metrics, openai, routing
+from loramix.serve import adapters, conversations, metrics, openai, routing, workflows
 from loramix.serve.access import Access
 from loramix.serve.door import Door
 from loramix.serve.failures import (
@@ -41,7 +41,7 @@ def create_app(service: Service) -> FastAPI:
         dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key."))],
     )
     app.state.service = service
-    for part in (openai, adapters, routing, conversations, metrics):
+    for part in (openai, adapters, routing, conversations, workflows, metrics):
         app.include_router(part.router)
     app.add_middleware(Access, service=service)
     if service.cors:
@@ -77,10 +77,15 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(workflows.abandon, self._service)
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.live.is_ending = True
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
+        await workflows.ended(self._service)
         ending.cancel()
 
     async def _end(self) -> None:

@@ -142,13 +142,13 @@ async def list_(
 
 @router.get("/{id}")
 async def show(id: str, service: Serving, caller: Asking) -> ConversationBody:
-    return _body(await _found(id, service, caller))
+    return _body(await found_own(id, service, caller))
 
 
 @router.get("/{id}/export")
 async def export(id: str, service: Serving, caller: Asking, response: Response) -> ConversationBody:
     """The same, as a file to be kept elsewhere."""
-    found = await _found(id, service, caller)
+    found = await found_own(id, service, caller)
     disposition = f'attachment; filename="conversation-{found.id}.json"'
     response.headers["content-disposition"] = disposition
     return _body(found)
@@ -181,11 +181,9 @@ async def append(
     id: str, asked: TurnAsked, http: HttpRequest, service: Serving, caller: Asking, trip: Way
 ) -> Response:
     """Ask the next question."""
-    found = await _found(id, service, caller)
-    history = found.current
-    question = Turn("user", asked.content, len(history), trace=trip.trace)
-    place = _Place(service, trip, found, (question,), Turn("assistant", "", len(history) + 1))
-    return await _answered(asked, place, [*history, question], http, caller)
+    found = await found_own(id, service, caller)
+    place = place_after(found, asked.content, service, trip)
+    return await _answered(asked, place, [*found.current, *place.before], http, caller)
 
 
 @router.post("/{id}/regenerate", responses={200: {"model": TurnsBody, **STREAMED}})
@@ -193,18 +191,18 @@ async def regenerate(
     id: str, asked: ReplyAsked, http: HttpRequest, service: Serving, caller: Asking, trip: Way
 ) -> Response:
     """Answer the last question again, under another mix perhaps."""
-    found = await _found(id, service, caller)
+    found = await found_own(id, service, caller)
     if not found.turns:
         raise BadRequest("The conversation has no answer yet; ask the first question.")
     *history, last = found.current
-    place = _Place(
+    place = Place(
         service, trip, found, (), Turn("assistant", "", last.number, version=last.version + 1)
     )
     return await _answered(asked, place, history, http, caller)
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where an answer goes, after the turns that come with it."""
 
     service: Service
@@ -234,13 +232,24 @@ class _Place:
         return TurnsBody(turns=[_turn(turn) for turn in kept])
 
 
+def place_after(found: Conversation, content: str, service: Service, trip: Trip) -> Place:
+    """Where the answer to the next question goes, with that question."""
+    number = len(found.current)
+    question = Turn("user", content, number, trace=trip.trace)
+    return Place(service, trip, found, (question,), Turn("assistant", "", number + 1))
+
+
+def told(conversation: Conversation, turns: Sequence[Turn]) -> tuple[Message, ...]:
+    """What the model reads: the system prompt, then these turns. BadRequest for bad texts."""
+    system = [Message("system", conversation.system)] if conversation.system else []
+    return as_messages([*system, *(Message(turn.role, turn.content) for turn in turns)])
+
+
 async def _answered(
-    asked: ReplyAsked, place: _Place, history: Sequence[Turn], http: HttpRequest, caller: Caller
+    asked: ReplyAsked, place: Place, history: Sequence[Turn], http: HttpRequest, caller: Caller
 ) -> Response:
     service, trip = place.service, place.trip
-    system = place.conversation.system
-    told = [Message("system", system)] if system else []
-    messages = as_messages([*told, *(Message(turn.role, turn.content) for turn in history)])
+    messages = told(place.conversation, history)
     sampling = asked.sampling(service.limits.answer_tokens)
     request = Request(messages, sampling=sampling, template=asked.template())
     plan = await planned(service, caller, request, named_mix(asked, service, caller), messages)
@@ -254,13 +263,13 @@ async def _answered(
     return GONE if body is None else JSONResponse(body.model_dump(), headers=head.headers)
 
 
-async def _whole(place: _Place, head: Head) -> TurnsBody:
+async def _whole(place: Place, head: Head) -> TurnsBody:
     async with aclosing(answers(place.service, place.trip, head.plans)) as stream:
         chunks = [numbered async for numbered in stream]
     return await place.keep(head, chunks, chunks[-1][1].finish or "cancelled")
 
 
-async def _events(place: _Place, head: Head, *, with_usage: bool) -> AsyncGenerator[bytes]:
+async def _events(place: Place, head: Head, *, with_usage: bool) -> AsyncGenerator[bytes]:
     """A chat's events; the answer is kept before its reader is told that it has ended."""
     kept: list[TurnsBody] = []
     chunks = _kept(place, head, kept)
@@ -272,7 +281,7 @@ async def _events(place: _Place, head: Head, *, with_usage: bool) -> AsyncGenera
             yield data
 
 
-async def _kept(place: _Place, head: Head, kept: list[TurnsBody]) -> AsyncGenerator[Numbered]:
+async def _kept(place: Place, head: Head, kept: list[TurnsBody]) -> AsyncGenerator[Numbered]:
     chunks: list[Numbered] = []
     try:
         async with aclosing(answers(place.service, place.trip, head.plans)) as stream:
@@ -287,7 +296,7 @@ async def _kept(place: _Place, head: Head, kept: list[TurnsBody]) -> AsyncGenera
         raise
 
 
-def _keep_later(place: _Place, head: Head, chunks: Sequence[Numbered]) -> None:
+def _keep_later(place: Place, head: Head, chunks: Sequence[Numbered]) -> None:
     """Keep what there is; whoever read it has left, so that only the log can tell of a failure."""
     writes = place.service.live.writes
     task = asyncio.create_task(place.keep(head, chunks, "cancelled"))
@@ -302,7 +311,7 @@ def _keep_later(place: _Place, head: Head, chunks: Sequence[Numbered]) -> None:
     task.add_done_callback(note)
 
 
-async def _found(id: str, service: Service, caller: Caller) -> Conversation:
+async def found_own(id: str, service: Service, caller: Caller) -> Conversation:
     return await asyncio.to_thread(service.kept.conversations.get, id, caller.owners)
 
 

@@ -30,6 +30,7 @@ class Live:
     hidden: set[str] = field(default_factory=set)  # adapters that were unloaded, not deleted
     is_ending: bool = False
     writes: set[asyncio.Task[Any]] = field(default_factory=set)  # of answers that were stopped
+    runs: dict[str, asyncio.Task[Any]] = field(default_factory=dict)  # workflow tasks at work here
     started: int = field(default_factory=lambda: int(time()))
 
 
@@ -116,6 +117,7 @@ class Trip:
     trace: str
     started: float = field(default_factory=perf_counter)
     facts: dict[str, Any] = field(default_factory=dict)
+    work: list[asyncio.Task[Any]] = field(default_factory=list)  # may outlast the request
 
     @property
     def age_s(self) -> float:
