@@ -92,6 +92,34 @@ def test_what_a_rank_keeps_and_what_rounding_loses(llama, tmp_path):
     assert any("Rounding" in line for line in coarse.advice)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
+def test_what_rounding_loses_is_that_of_the_merge(architecture, tmp_path):
+    base = tiny_base(architecture)
+    made = random_adapter(base.model, "a", rank=4)
+    small = {k: Pair(p.a, 0.002 * p.b) for k, p in made.pairs.items()}
+    adapters, folder = {"a": replace(made, pairs=small)}, tmp_path / "base"
+    save(base, folder, torch.bfloat16)
+    told = lint(adapters, both("a"), folder).lost
+    merge_into(folder, adapters, both("a"), tmp_path / "out")
+    before, after = (open_checkpoint(at).tensors for at in (folder, tmp_path / "out"))
+    lost, whole = 0.0, 0.0
+    for layer, pair in small.items():
+        name = next(key for key in before if key.endswith(f"{layer}.weight"))
+        stored, delta = before[name], pair.delta().double()
+        is_conv = architecture == "gpt2" and ".c_" in layer
+        delta = delta.T if is_conv else delta
+        rows = [at[name].rows(0, stored.shape[0]).double() for at in (before, after)]
+        lost += float((rows[1] - rows[0] - delta).square().sum())
+        whole += float(delta.square().sum())
+    assert told == pytest.approx((lost / whole) ** 0.5, rel=0.3)
+
+
+def test_of_dora_alone_no_loss_is_claimed(llama):
+    base, folder, _ = llama
+    found = lint({"a": random_adapter(base.model, "a", dora=True)}, both("a"), folder)
+    assert (found.kept, found.lost) == ({}, None)
+
+
 def test_a_merged_model_is_proved_to_be_the_mix(llama, tmp_path):
     _, folder, adapters = llama
     merge_into(folder, adapters, both("a:0.6+b:-0.4"), tmp_path / "out")

@@ -139,7 +139,8 @@ def _look(
     if rows:
         print_table(titles, rows)
     energy = "  ".join(f"{rank}: {share:.1%}" for rank, share in found.kept.items())
-    typer.echo(f"Energy of the sum by rank   {energy}")
+    if energy:
+        typer.echo(f"Energy of the sum by rank   {energy}")
     if found.lost is not None:
         typer.echo(f"Lost by rounding to {found.dtype}   {found.lost:.1%} of the update")
     for sentence in found.advice:

@@ -53,7 +53,7 @@ class Lint:
     fingerprints: Mapping[str, str]  # by adapter: same, differs, unknown
     meetings: tuple[Meeting, ...]
     kept: Mapping[int, float]  # energy of the weighted sum by rank
-    lost: float | None  # |rounding| / |update| in the base's precision; None without a base
+    lost: float | None  # |rounding| / |update| in the base's precision; None if not known
     dtype: str
 
     @property
@@ -168,24 +168,33 @@ def _kept(layers: Iterable[Updates]) -> dict[int, float]:
     return {rank: sum(float(s[:rank].sum()) for s in spectra) / whole for rank in RANKS}
 
 
-def _lost(adapters: Mapping[str, Adapter], recipe: Recipe, placed: Iterable[Place]) -> float:
-    """|round(W + dW) - (W + dW)| / |dW| of the weighted sum, on a few rows of each layer."""
+def _lost(adapters: Mapping[str, Adapter], recipe: Recipe, placed: Iterable[Place]) -> float | None:
+    """|round(W + dW) - (W + dW)| / |dW| of the weighted sum, on a few rows of each layer.
+
+    None where all updates are DoRA.
+    """
     lost, whole = 0.0, 0.0
     for place in placed:
         updates = recipe.updates(place.layer, adapters)
-        if place.transposed or not updates.are_factors:
+        if not updates.are_factors:
             continue
         stop = min(place.start + ROWS, place.stop)
         base = place.stored.rows(place.start, stop).double()
         terms = zip(updates.weights.tolist(), updates.pairs, strict=True)
         delta = sum(
-            (w * (p.b[: len(base)].double() @ p.a.double()) for w, p in terms if p),
+            (w * _first_rows(p, len(base), place.transposed) for w, p in terms if p),
             torch.zeros_like(base),
         )
         exact = base + delta
         lost += float((exact.to(place.stored.dtype).double() - exact).square().sum())
         whole += float(delta.square().sum())
-    return math.sqrt(lost / whole) if whole else 0.0
+    return math.sqrt(lost / whole) if whole else None
+
+
+def _first_rows(pair: Pair, count: int, transposed: bool) -> Tensor:
+    """Of b @ a as it is stored, in float64."""
+    a, b = pair.a.double(), pair.b.double()
+    return a[:, :count].T @ b.T if transposed else b[:count] @ a
 
 
 def _advice(report: Lint) -> Iterator[str]:
