@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     LORAMIX_DATA=... python benchmarks/router.py [PART ...] [--quick] [--json FILE] [--cache FILE]
 
-Parts: full, none, few, broad, pairs, typos, corrections, plain, speed; all by default. Every text
+Parts: full, none, few, broad, pairs, typos, plain; all by default. Every text
 is encoded once, and `--cache` keeps the vectors for the next run. semantic-router is the library
 itself in its default setting (mean of the five nearest); where none is an answer, its confidence is
 fitted on the same held-out rows, and must be 0.5. Few-shot figures are means over three draws
@@ -17,6 +17,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,16 +30,19 @@ from queries import (
     domains,
     few,
     grouped,
+    joined,
     mistyped,
 )
 from semantic_router import IndexedRouter, Route
 from semantic_router.encoders import DenseEncoder
 
 from loramix.chat import Message
+from loramix.mix import Mix
 from loramix.route import Router
 from loramix.route.encode import NgramEncoder
 from loramix.route.gate import GateRouter
 from loramix.route.ngrams import Floats
+from loramix.route.rows import read
 
 PEER = "semantic-router 1.1.1"
 
@@ -237,6 +241,39 @@ def broad(world: World) -> list[Row]:
     return [*found, Row("10 domains, 20 examples each", ours, "%", theirs, 83)]
 
 
+def pairs(world: World) -> list[Row]:
+    """Two queries of different domains in one; no joiner is known to the router."""
+    router = world.ours(grouped(world.broad("train")))
+    theirs = world.theirs(grouped(world.broad("train")))
+    rows = joined(world.clinc["test"], world.domain, 600, seed=4)
+    asked = [two_of(router, text) == routes for text, routes in rows]
+    peer = [{c.name for c in theirs(text, limit=2)} == routes for text, routes in rows]
+    free = [{*routed(router, text)} == routes for text, routes in rows]
+    single = texts(world.clinc["test"])[::3]
+    false = [len(routed(router, text)) > 1 for text in single]
+    unread = replace(router, encoder=world.memo.encoder)  # remembers no vector
+    span = milliseconds(unread, [(text, None) for text, _ in rows])[0]
+    return [
+        Row("two skills in one query, two asked for", percent(asked), "%", percent(peer), 85),
+        Row("two skills in one query, the router decides", percent(free), "%", None, 65),
+        Row("false second adapter on single queries", percent(false), "%", None, 5, "lower"),
+        Row("one query of two skills, p50", span, "ms", None, 25, "lower"),
+    ]
+
+
+def routed(router: Router, text: str) -> Mix:
+    return router.route([Message("user", text)]).mix
+
+
+def two_of(router: GateRouter, text: str) -> set[str]:
+    """The adapters of the two halves; of a text too short to cut, its two best."""
+    batch = read([text], router.ngrams, router.encoder)
+    whole = router.gate.log_probs(batch)[0]
+    halves = router.halves(text, whole)
+    best = halves.adapters if halves else np.argsort(-whole[:-1])[:2]
+    return {router.adapters[i] for i in best}
+
+
 def typos(world: World) -> list[Row]:
     rng = random.Random(8)
     rows = [(mistyped(text, rng), route) for text, route in world.clinc["test"]]
@@ -276,6 +313,7 @@ PARTS: dict[str, Callable[[World], list[Row]]] = {
     "none": none,
     "few": few_shot,
     "broad": broad,
+    "pairs": pairs,
     "typos": typos,
     "plain": plain,
 }

@@ -42,6 +42,7 @@ from loramix.route.abstain import (
 )
 from loramix.route.blend import Gate, look, place
 from loramix.route.encode import Encoder, default_encoder
+from loramix.route.halves import Halves, cut
 from loramix.route.learn import calibrate, fit_gate, store
 from loramix.route.neighbours import Neighbours, best
 from loramix.route.ngrams import Floats, NgramEncoder, words
@@ -254,15 +255,39 @@ class GateRouter:
         winner = int(log_probs.argmax())
         score, threshold = float(self.abstain.scores(evidence)[0]), self.abstain.thresholds[winner]
         fits = score >= threshold
-        reasons = (
-            self._verdict(score, threshold, winner, fits),
-            *self._reasons(query, winner, cosines[0]),
-        )
+        reasons = self._reasons(query, winner, cosines[0])
+        probabilities = self._probabilities(evidence)[0]
+        if two := self._two(query, evidence.log_probs[0]):
+            return two[0], probabilities, (two[1], *reasons)
         mix = Mix()
         if fits:
             scores = log_probs.tolist()
             mix = to_mix(scores, self.adapters, top=self.top, temperature=MIX_TEMPERATURE)
-        return mix, self._probabilities(evidence)[0], reasons
+        return mix, probabilities, (self._verdict(score, threshold, winner, fits), *reasons)
+
+    def halves(self, query: str, log_probs: Floats) -> Halves | None:
+        """Where the query is best cut in two; `log_probs` are those of it as one text, [K + 1].
+
+        None without a sentence encoder: the threshold was set and measured with one.
+        """
+        if self.encoder is None:
+            return None
+        return cut(query, log_probs, self.gate, self.ngrams, self.encoder)
+
+    def _two(self, query: str, log_probs: Floats) -> tuple[Mix, str] | None:
+        """The mix of a query with two skills, and why, if each half alone is in scope.
+
+        The whole, torn between two adapters, often is not.
+        """
+        halves = self.halves(query, log_probs) if self.top > 1 else None
+        if halves is None or not halves.two:
+            return None
+        scores = self.abstain.scores(look(halves.batch, self.gate, self.neighbours))
+        if any(scores < [self.abstain.thresholds[i] for i in halves.adapters]):
+            return None
+        names = [self.adapters[i] for i in halves.adapters]
+        mix = to_mix(halves.log_probs, names, top=self.top, temperature=MIX_TEMPERATURE)
+        return mix, _seam(names, halves.parts)
 
     def _verdict(self, score: float, threshold: float, winner: int, fits: bool) -> str:
         """Why the base or not: the in-scope score, in log-odds, against the winner's threshold."""
@@ -310,6 +335,11 @@ def _share(name: str, value: float) -> float:
     if not 0 < value < 1:
         raise RouteError(f"{name} is a share between 0 and 1; got {value}.")
     return value
+
+
+def _seam(names: Sequence[str], parts: Sequence[str]) -> str:
+    found = zip(names, parts, strict=True)
+    return "two skills: " + " and ".join(f"{name} in {_short(part)}" for name, part in found)
 
 
 def _short(text: str, width: int = 80) -> str:
