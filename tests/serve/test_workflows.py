@@ -13,8 +13,8 @@ from loramix.chat import Message
 from loramix.engine import Request, Sampling
 from loramix.mix import Mix
 from loramix.serve.limits import Limits
+from loramix.serve.runs import abandon
 from loramix.serve.service import Service
-from loramix.serve.workflows import abandon
 from loramix.store import Store
 from tests.serve.front import running, wait_for
 from tests.serve.keyed import client
@@ -287,7 +287,7 @@ def test_a_shared_database_keeps_what_other_servers_do(lm, store, monkeypatch):
     abandon(service)
     assert store.tasks.get(young, [""]).status == "pending"
     now = time.time()
-    monkeypatch.setattr("loramix.serve.workflows.time.time", lambda: now + 111)
+    monkeypatch.setattr("loramix.serve.runs.time.time", lambda: now + 111)
     abandon(service)
     assert store.tasks.get(young, [""]).status == "failed"
 

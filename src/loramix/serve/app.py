@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from loramix.errors import LoramixError
-from loramix.serve import adapters, conversations, metrics, openai, routing, workflows
+from loramix.serve import adapters, conversations, metrics, openai, routing, runs, workflows
 from loramix.serve.access import Access
 from loramix.serve.door import Door
 from loramix.serve.failures import (
@@ -78,14 +78,14 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.to_thread(workflows.abandon, self._service)
+        await asyncio.to_thread(runs.abandon, self._service)
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.live.is_ending = True
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
-        await workflows.ended(self._service)
+        await runs.ended(self._service)
         ending.cancel()
 
     async def _end(self) -> None:

@@ -15,11 +15,7 @@ key that made them.
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
@@ -31,24 +27,22 @@ from loramix.engine import Request, Sampling
 from loramix.errors import (
     BadRequest,
     Conflict,
-    LoramixError,
-    TaskCancelled,
     TaskFailed,
     UnknownAdapter,
 )
-from loramix.lm import Plan, as_messages
-from loramix.serve.answering import MixOrAuto, Numbered, answers, in_time, planned
-from loramix.serve.conversations import Place, found_own, place_after, told
+from loramix.lm import as_messages
+from loramix.serve.answering import MixOrAuto, planned
+from loramix.serve.conversations import found_own, place_after, told
 from loramix.serve.events import DONE, EventStream, event, while_connected
 from loramix.serve.naming import model_mix
 from loramix.serve.openai import GONE, STREAMED
+from loramix.serve.runs import Output, Run
 from loramix.serve.service import Asking, Caller, Service, Serving, Trip, Way
-from loramix.serve.shapes import Chosen, Head, UsageBody, usage
+from loramix.serve.shapes import Head
 from loramix.serve.wire import Wire
 from loramix.store.records import Status, Task
 
 router = APIRouter(prefix="/api", tags=["Workflows"])
-log = logging.getLogger("loramix.serve")
 Label = str | bool | int | Annotated[float, Field(allow_inf_nan=False)] | None
 
 
@@ -99,15 +93,6 @@ class RunAsked(Wire):
             raise BadRequest(
                 "stream is a response of its own; leave output_only and wait_for_completion out."
             )
-
-
-class Output(BaseModel):
-    """What every workflow gives."""
-
-    text: str
-    finish: str
-    usage: UsageBody
-    loramix: Chosen
 
 
 class TaskBody(BaseModel):
@@ -209,124 +194,7 @@ async def cancel(id: str, service: Serving, caller: Asking) -> TaskBody:
     return await show(id, service, caller)
 
 
-def abandon(service: Service) -> None:
-    """At the start: fail the open tasks of servers that have ended.
-
-    The only server of its database has none under way yet. A database that is shared holds those
-    of other servers, so there only tasks that are older than any task may get are failed.
-    """
-    if (store := service.store) is None:
-        return
-    grace_s = service.limits.timeout_s + service.limits.shutdown_s if store.is_shared else 0.0
-    store.tasks.abandon(time.time() - grace_s, "Its server ended before it was done; run it again.")
-
-
-async def ended(service: Service) -> None:
-    """Until no task is at work here."""
-    await asyncio.gather(*service.live.runs.values(), return_exceptions=True)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Run:
-    """A task at work in this server."""
-
-    service: Service
-    trip: Trip
-    task: Task
-    plan: Plan
-    place: Place | None  # where its answer goes in a conversation
-    texts: asyncio.Queue[str | None] = field(default_factory=asyncio.Queue)  # None is the end
-
-    def start(self) -> asyncio.Task[Output]:
-        working = asyncio.create_task(self._work())
-        self.service.live.runs[self.task.id] = working
-        self.trip.work.append(working)
-        working.add_done_callback(self._note)
-        return working
-
-    async def outcome(self, working: asyncio.Task[Output]) -> Output:
-        """What it comes to, or its error; whoever stops waiting cancels it."""
-        try:
-            await asyncio.wait([working])
-        finally:
-            working.cancel()
-        if working.cancelled():
-            raise TaskCancelled(self.task.id)
-        return working.result()
-
-    async def read(self) -> Task:
-        return await asyncio.to_thread(
-            self.service.kept.tasks.get, self.task.id, (self.task.owner,)
-        )
-
-    async def _work(self) -> Output:
-        try:
-            async with in_time(self.service, self.trip):
-                output = await self._answered()
-            await self._set("completed", output=output.model_dump())
-            return output
-        except asyncio.CancelledError:
-            # A stream's own clock may have been the first to tell that the time is over.
-            late_s = self.trip.age_s - self.service.limits.timeout_s
-            if late_s >= 0:
-                await self._over("failed", "It took longer than a request may; ask for less.")
-            else:
-                await self._over("cancelled")
-            raise
-        except LoramixError as error:
-            await self._over("failed", str(error))
-            raise
-        except Exception:
-            await self._over("failed", f"A fault of the server; its log has {self.trip.trace}.")
-            raise
-        finally:
-            self.texts.put_nowait(None)
-
-    async def _answered(self) -> Output:
-        head = Head((self.plan,), self.trip, "chat.completion")
-        chunks: list[Numbered] = []
-        async with aclosing(answers(self.service, self.trip, head.plans)) as stream:
-            async for numbered in stream:
-                if not chunks:
-                    await self._set("processing")
-                chunks.append(numbered)
-                self.texts.put_nowait(numbered[1].text)
-        last = chunks[-1][1]
-        finish = last.finish or "cancelled"
-        if self.place:
-            await self.place.keep(head, chunks, finish)
-        num_tokens = sum(chunk.num_tokens for _, chunk in chunks)
-        return Output(
-            text="".join(chunk.text for _, chunk in chunks),
-            finish=finish,
-            usage=UsageBody.model_validate(usage(last.num_prompt_tokens, num_tokens)),
-            loramix=Chosen.model_validate(head.chosen()),
-        )
-
-    async def _set(self, status: Status, output: Any = None) -> None:
-        """TaskCancelled if somebody did that, perhaps at another server of the database."""
-        tasks = self.service.kept.tasks
-        if not await asyncio.to_thread(tasks.set, self.task.id, status, output=output):
-            raise TaskCancelled(self.task.id)
-
-    async def _over(self, status: Status, error: str = "") -> None:
-        """Record the end, unless there is one."""
-        await asyncio.to_thread(self.service.kept.tasks.set, self.task.id, status, error=error)
-
-    def _note(self, working: asyncio.Task[Output]) -> None:
-        self.service.live.runs.pop(self.task.id, None)
-        error = None if working.cancelled() else working.exception()
-        end = "cancelled" if working.cancelled() else "failed" if error else "completed"
-        facts = {**self.trip.facts, "trace": self.trip.trace, "task": self.task.id, "end": end}
-        if error:
-            facts["error"] = str(error)
-        bug = None if isinstance(error, LoramixError) else error
-        log.log(
-            logging.ERROR if bug else logging.INFO, "task", exc_info=bug, extra={"facts": facts}
-        )
-
-
-async def _made(asked: RunAsked, service: Service, caller: Caller, trip: Trip) -> _Run:
+async def _made(asked: RunAsked, service: Service, caller: Caller, trip: Trip) -> Run:
     """A run whose task is kept, not started. Whatever is wrong with the request is said here."""
     workflow = _workflow(asked.workflow_id, service, caller)
     place, messages = None, as_messages(asked.input.prompt)
@@ -345,10 +213,10 @@ async def _made(asked: RunAsked, service: Service, caller: Caller, trip: Trip) -
         session=asked.session_id or "",
         metadata=asked.metadata,
     )
-    return _Run(service, trip, task, plan, place)
+    return Run(service, trip, task, plan, place)
 
 
-async def _events(run: _Run) -> AsyncGenerator[bytes]:
+async def _events(run: Run) -> AsyncGenerator[bytes]:
     """The text as it comes, then the task with its output; an error is the stream's to tell."""
     head = {"task_id": run.task.id, "workflow_id": run.task.workflow}
     working = run.start()
