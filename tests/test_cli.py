@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,21 @@ def test_a_text_that_is_a_commands_name_can_be_routed(loramix, shop):
     assert loramix("route", "--json", SQL, *shop.flags)
     loramix("route", status=1)
     assert "Expected a text" in loramix.err
+
+
+def test_the_router_is_corrected_and_the_correction_undone(loramix, shop):
+    shutil.copytree(shop.library, "library")
+    where = ("--library", "library")
+    assert loramix("route", BANKING, *where).splitlines()[0] == "banking"
+    made = loramix("route", "feedback", BANKING, "--right", "none", *where)
+    assert loramix("route", "feedback", *where) == made
+    assert loramix("route", BANKING, *where).splitlines()[0] == "base"
+    loramix("route", "feedback", "--undo", made.split()[0], *where)
+    assert loramix("route", BANKING, *where).splitlines()[0] == "banking"
+    assert json.loads(loramix("route", "feedback", *where, "--json")) == {"corrections": []}
+    loramix("route", "feedback", BANKING, *where, status=1)
+    assert "--right" in loramix.err
+    assert "held-out score" in loramix("route", "feedback", "--refit", *where)
 
 
 def test_a_router_is_fitted_from_labelled_rows_and_asked_what_it_lacks(loramix, shop):

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from loramix.chat import Message
 from loramix.engine import Answer, Chunk, Engine, Finish, Request, Sampling
@@ -28,6 +28,9 @@ from loramix.errors import BadRequest, RouteError, UnknownAdapter
 from loramix.library import Library
 from loramix.mix import Mix
 from loramix.route import Decision, Router
+
+if TYPE_CHECKING:
+    from loramix.route.feedback import CorrectedRouter
 
 POCKET = Path(__file__).with_name("pocket")  # as in base.py, which loads torch
 POCKET_LIBRARY = POCKET / "library"
@@ -247,13 +250,15 @@ def _own_data() -> Path:
     return data / "loramix"
 
 
-def load_router(library: Library) -> Router:
-    """The router fitted for a library; RouteError if it has none."""
+def load_router(library: Library) -> CorrectedRouter:
+    """The router fitted for a library, with the corrections beside it; RouteError if none."""
     if not has_router(library):
         raise _no_router(library)
+    from loramix.route.feedback import CorrectedRouter, FeedbackLog
     from loramix.route.gate import GateRouter
 
-    return GateRouter.load(library.folder / ROUTER)
+    folder = library.folder / ROUTER
+    return CorrectedRouter(GateRouter.load(folder), FeedbackLog(folder))
 
 
 def has_router(library: Library) -> bool:

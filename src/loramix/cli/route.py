@@ -20,6 +20,7 @@ from loramix.lm import ROUTER, as_messages, load_router
 
 if TYPE_CHECKING:
     from loramix.route import Router
+    from loramix.route.feedback import CorrectedRouter, Correction
     from loramix.route.report import Figure, Report
 
 
@@ -158,6 +159,54 @@ def suggest_(
         typer.echo(f"{_short(text)} is labelled {label}, looks like {instead} ({chance:.0%}).")
     if not any(found):
         typer.echo("Nothing to suggest.")
+
+
+@route.command()
+@flags
+def feedback(
+    where: Where,
+    text: Annotated[str | None, typer.Argument(help="A query; without it, list them.")] = None,
+    right: Annotated[
+        str | None, typer.Option(help="The adapter it belongs to, or none for the base.")
+    ] = None,
+    undo: Annotated[str | None, typer.Option(help="Take back the correction of this id.")] = None,
+    refit: Annotated[bool, typer.Option(help="Teach the gate, if that costs nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Correct the router: at once for queries like this one, and for the gate at a refit."""
+    if (text is None) != (right is None) or sum([text is not None, undo is not None, refit]) > 1:
+        raise BadRequest("Expected a text with --right, or --undo ID, or --refit, or nothing.")
+    router = load_router(where.shelf)
+    if refit:
+        _refit(router, where.shelf.folder / ROUTER, as_json)
+        return
+    if undo is not None:
+        found: tuple[Correction, ...] = (router.log.undo(undo),)
+    elif text is not None:
+        found = (router.correct(text, None if right == "none" else right),)
+    else:
+        found = router.log.corrections()
+    if as_json:
+        print_json({"corrections": [_plain(each) for each in found]})
+        return
+    for each in found:
+        typer.echo(f"{each.id}  {each.right or 'none'}  {_short(each.text)}")
+
+
+def _refit(router: CorrectedRouter, folder: Path, as_json: bool) -> None:
+    from loramix.route.feedback import refit
+
+    with notice("Refitting the router three times ..."):
+        found = refit(router.gate, router.log)
+    if found.router is not None:
+        found.router.save(folder)
+        router.log.join(found.joined)
+    if as_json:
+        learned = {"learned": found.router is not None, "joined": list(found.joined)}
+        print_json({**learned, "before": found.before, "after": found.after})
+    else:
+        verdict = f"joined {len(found.joined)}" if found.router else "kept the gate as it was"
+        typer.echo(f"held-out score {found.before:.3f} -> {found.after:.3f}: {verdict}")
 
 
 def _short(text: str) -> str:

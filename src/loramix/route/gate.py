@@ -133,13 +133,13 @@ class GateRouter:
 
     def add(self, name: str, examples: Sequence[str]) -> GateRouter:
         """A router that also knows this adapter, or knows it anew; refitted from stored rows."""
-        return self._refitted({**self.examples, name: tuple(examples)})
+        return self.refitted({**self.examples, name: tuple(examples)})
 
     def remove(self, name: str) -> GateRouter:
         """A router without this adapter. Raises UnknownAdapter."""
         if name not in self.adapters:
             raise UnknownAdapter(name, self.adapters)
-        return self._refitted({k: v for k, v in self.examples.items() if k != name})
+        return self.refitted({k: v for k, v in self.examples.items() if k != name})
 
     def tuned(self, fresh: Mapping[str, Sequence[str]]) -> GateRouter:
         """The same gate with the thresholds of some adapters set by queries it has not learned.
@@ -203,7 +203,8 @@ class GateRouter:
             return np.zeros((0, len(SIGNS)), np.float32)
         return signs(look(read(texts, self.ngrams, self.encoder), self.gate, self.neighbours))
 
-    def _refitted(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
+    def refitted(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
+        """The same settings for other examples; the background, under "", is among them."""
         rows = self._collected(examples)
         return self._fitted(rows, self.ngrams, self.encoder, self.keep, self.top)
 

@@ -1,15 +1,18 @@
-"""What the router would do, without doing it."""
+"""What the router would do, without doing it, and what it should have done."""
 
 from __future__ import annotations
+
+import asyncio
 
 from fastapi import APIRouter
 from pydantic import BaseModel
 
 from loramix.chat import Message
-from loramix.errors import BadRequest
+from loramix.errors import BadRequest, RouteError
 from loramix.lm import as_messages
+from loramix.route.feedback import CorrectedRouter, Correction
 from loramix.serve.answering import routed
-from loramix.serve.service import Asking, Serving
+from loramix.serve.service import ADMIN, Asking, Service, Serving
 from loramix.serve.wire import Turn, Wire
 
 router = APIRouter(tags=["Route"])
@@ -49,3 +52,43 @@ async def route(asked: RouteAsked, service: Serving, caller: Asking) -> Decision
         reasons=list(decision.reasons),
         latency_ms=decision.latency_ms,
     )
+
+
+class FeedbackGiven(Wire):
+    """A query, and the adapter it belongs to; null for the base."""
+
+    text: str
+    right: str | None
+
+
+class CorrectionBody(BaseModel):
+    """A correction as it is kept; `joined` once the gate has learned it."""
+
+    id: str
+    text: str
+    right: str | None
+    joined: bool
+
+
+@router.post("/v1/feedback", dependencies=ADMIN)
+async def feedback(given: FeedbackGiven, service: Serving) -> CorrectionBody:
+    """Correct the router; the correction is on disk, and acts, before the answer is sent."""
+    made = await asyncio.to_thread(_corrected(service).correct, given.text, given.right)
+    return _body(made)
+
+
+@router.delete("/v1/feedback/{id}", dependencies=ADMIN)
+async def undo(id: str, service: Serving) -> CorrectionBody:
+    """Take a correction back."""
+    return _body(await asyncio.to_thread(_corrected(service).log.undo, id))
+
+
+def _corrected(service: Service) -> CorrectedRouter:
+    found = service.lm.router
+    if not isinstance(found, CorrectedRouter):
+        raise RouteError("This server has no router that can be corrected; serve one fitted.")
+    return found
+
+
+def _body(made: Correction) -> CorrectionBody:
+    return CorrectionBody(id=made.id, text=made.text, right=made.right, joined=made.joined)

@@ -1,0 +1,281 @@
+"""Corrections: what a router got wrong, said by a person, kept in a log beside it.
+
+A correction acts at once as an exemplar: it decides for every query that is closer to it than to
+any stored example of another adapter, and close enough. At the next refit it also teaches the gate,
+if that costs nothing on held-out rows. Nobody but a person adds one: a router that learned from its
+own choices would confirm its errors.
+
+The log has one JSON object a line and only grows; taking a correction back is a line as well:
+
+    {"id": "5f3a...", "text": "...", "right": "sql", "at": "..."}     null: the base is right
+    {"undo": "5f3a...", "at": "..."}
+    {"joined": ["5f3a..."], "at": "..."}                              the gate has learned these
+
+A line counts once it ends in a line break; it is on disk (fsync) before `correct` returns. What a
+crash left of a line was never promised: the next line begins after it, and readers pass over it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+
+from loramix.chat import Message
+from loramix.errors import RouteError, UnknownAdapter
+from loramix.mix import Mix
+from loramix.route import Decision
+from loramix.route.blend import look, place
+from loramix.route.gate import GateRouter
+from loramix.route.neighbours import Neighbours
+from loramix.route.ngrams import words
+from loramix.route.rows import Rows, read
+
+NEAR = {False: 0.6, True: 0.8}  # least cosine of a correction that acts: n-grams, sentence vectors
+TIE = 1e-4  # a stored example as near as a correction, perhaps the same text, gives way to it
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    id: str
+    text: str
+    right: str | None  # the adapter; None is the base
+    joined: bool = False  # the gate has learned it
+
+
+class FeedbackLog:
+    """The file of corrections beside a router's folder; the router is replaced, the log stays."""
+
+    def __init__(self, router: Path) -> None:
+        self.path = router.with_name(router.name + ".feedback.jsonl")
+
+    def corrections(self) -> tuple[Correction, ...]:
+        """Those that were not taken back, oldest first. Raises RouteError."""
+        found: dict[str, Correction] = {}
+        for line in self._lines():
+            if "undo" in line:
+                found.pop(line["undo"], None)
+            for id in line.get("joined", ()):
+                if id in found:
+                    found[id] = Correction(id, found[id].text, found[id].right, joined=True)
+            if "id" in line:
+                found[line["id"]] = Correction(line["id"], line["text"], line["right"])
+        return tuple(found.values())
+
+    def learned(self) -> tuple[Correction, ...]:
+        """All that a refit ever taught the gate, also those that were taken back since."""
+        lines = list(self._lines())
+        joined = {id for line in lines for id in line.get("joined", ())}
+        known = [line for line in lines if line.get("id") in joined]
+        return tuple(Correction(line["id"], line["text"], line["right"], True) for line in known)
+
+    def correct(self, text: str, right: str | None) -> Correction:
+        """Raises RouteError for a text without words, and if the file cannot be written."""
+        if not words(text):
+            raise RouteError("The text has no words to route on; expected a query.")
+        made = Correction(uuid4().hex[:12], text, right)
+        self._append({"id": made.id, "text": text, "right": right})
+        return made
+
+    def undo(self, id: str) -> Correction:
+        """Take a correction back. RouteError if there is none of this id."""
+        for each in self.corrections():
+            if each.id == id:
+                self._append({"undo": id})
+                return each
+        raise RouteError(f"No correction {id[:40]!r} to undo; `loramix route feedback` lists them.")
+
+    def join(self, ids: Sequence[str]) -> None:
+        self._append({"joined": list(ids)})
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Changes whenever the file does: when it was written, and its size."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return 0, 0
+        except OSError as error:
+            raise self._failed(error) from error
+        return found.st_mtime_ns, found.st_size
+
+    def _lines(self) -> Iterator[Mapping[str, Any]]:
+        try:
+            raw = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._failed(error) from error
+        for line in raw.split(b"\n")[:-1]:
+            try:
+                found = json.loads(line)
+            except ValueError:  # torn by a crash
+                continue
+            if isinstance(found, dict):
+                yield found
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        """One write of one line at the end, so that writers do not interleave."""
+        facts = {**line, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        raw = json.dumps(facts).encode() + b"\n"
+        try:
+            with self.path.open("a+b", buffering=0) as file:
+                if end := file.seek(0, os.SEEK_END):
+                    file.seek(end - 1)
+                    raw = raw if file.read(1) == b"\n" else b"\n" + raw
+                if file.write(raw) != len(raw):
+                    raise OSError("the disk took half a line")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> RouteError:
+        reason = error.strerror or str(error)
+        return RouteError(f"Cannot use the corrections in {self.path}: {reason}; check its folder.")
+
+
+class CorrectedRouter:
+    """A router with the corrections beside it; a line added by any process acts on the next query.
+
+    Corrections act on the last user turn. Where there are some, a query is embedded once more.
+    """
+
+    def __init__(self, gate: GateRouter, log: FeedbackLog) -> None:
+        self.gate = gate
+        self.log = log
+        self._read = _Exemplars.of(gate, log)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return self.gate.adapters
+
+    def scores(self, queries: Sequence[str]) -> list[list[float]]:
+        """The gate's; corrections decide, they do not score."""
+        return self.gate.scores(queries)
+
+    def route(self, messages: Sequence[Message]) -> Decision:
+        """As the gate, unless a correction is near. Raises RouteError."""
+        decision = self.gate.route(messages)
+        exemplars = self._read
+        if exemplars.state != self.log.state:
+            self._read = exemplars = _Exemplars.of(self.gate, self.log)
+        query = next(m.content for m in reversed(messages) if m.role == "user")
+        return exemplars.correct(self.gate, query, decision)
+
+    def correct(self, text: str, right: str | None) -> Correction:
+        """Keep a correction; it acts from now on. Raises UnknownAdapter, RouteError."""
+        if right is not None and right not in self.adapters:
+            raise UnknownAdapter(right, self.adapters)
+        return self.log.correct(text, right)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Exemplars:
+    """Corrections where a router sees them, and the state of the log they were read in."""
+
+    state: tuple[int, int]
+    known: tuple[Correction, ...]
+    places: Neighbours
+
+    @classmethod
+    def of(cls, gate: GateRouter, log: FeedbackLog) -> _Exemplars:
+        state, found = log.state, log.corrections()
+        known = tuple(c for c in found if c.right is None or c.right in gate.adapters)
+        texts = tuple(c.text for c in known)
+        rows = place(read(texts or ("",), gate.ngrams, gate.encoder), gate.gate)
+        labels = np.array([_label(gate, c) for c in known], np.int64)
+        return cls(state, known, Neighbours(rows, labels, np.arange(len(known)), texts))
+
+    def correct(self, gate: GateRouter, query: str, decision: Decision) -> Decision:
+        """The decision, or that of the nearest correction if it is near enough."""
+        if not self.known or not words(query):
+            return decision
+        last, near = self._nearest(gate, query)
+        if last is None:
+            return decision
+        right = self.known[last].right
+        reason = (
+            f"{right or 'base'}: corrected, near {near:.2f} {self.known[last].text[:80]!r} "
+            f"({self.known[last].id})"
+        )
+        mix = Mix({right: 1}) if right else Mix()
+        return replace(decision, mix=mix, reasons=(reason, *decision.reasons))
+
+    def _nearest(self, gate: GateRouter, query: str) -> tuple[int | None, float]:
+        """Which correction decides, if one does, and its cosine; the newest of the same words."""
+        same = [i for i, c in enumerate(self.known) if words(c.text) == words(query)]
+        if same:
+            return same[-1], 1.0
+        here = place(read([query], gate.ngrams, gate.encoder), gate.gate)
+        cosines = self.places.similarities(here)[0]
+        best = int(cosines.argmax())
+        others = gate.neighbours.labels != self.places.labels[best]
+        rival = gate.neighbours.similarities(here)[0][others].max(initial=-1)
+        near = float(cosines[best])
+        decides = near >= NEAR[gate.encoder is not None] and near >= rival - TIE
+        return (best if decides else None), near
+
+
+def _label(gate: GateRouter, correction: Correction) -> int:
+    return -1 if correction.right is None else gate.adapters.index(correction.right)
+
+
+class Refit(NamedTuple):
+    """What came of a refit; scores are shares of held-out rows that are decided right."""
+
+    router: GateRouter | None  # None if the score fell: nothing was learned
+    before: float
+    after: float
+    joined: tuple[str, ...]  # the corrections that the gate learned anew
+
+
+def refit(gate: GateRouter, log: FeedbackLog) -> Refit:
+    """Teach the gate the corrections of a log, unless that costs anything on held-out rows.
+
+    A fifth of its own rows is held out, and both routers are fitted without. What was joined before
+    and taken back since is left out again. The caller saves the router, then joins the corrections.
+    """
+    active = [c for c in log.corrections() if c.right is None or c.right in gate.adapters]
+    dropped = {(c.right or "", c.text) for c in log.learned()}
+    own = {
+        name: [text for text in texts if (name, text) not in dropped]
+        for name, texts in gate.examples.items()
+    }
+    joined = tuple(c.id for c in active if c.text not in own[c.right or ""])
+    rows = gate.rows()
+    mask = rows.fold(0)
+    held = rows.take(np.flatnonzero(mask))
+    hidden = set(held.texts)
+    rest = {name: [t for t in texts if t not in hidden] for name, texts in own.items()}
+    before = score(gate.refitted(rest), held)
+    after = score(gate.refitted(_taught(rest, active)), held)
+    if after < before:
+        return Refit(None, before, after, ())
+    return Refit(gate.refitted(_taught(own, active)), before, after, joined)
+
+
+def score(gate: GateRouter, rows: Rows) -> float:
+    """Share of rows whose first choice is their adapter, or the base for the background's."""
+    evidence = look(rows.batch, gate.gate, gate.neighbours)
+    winner = evidence.log_probs[:, :-1].argmax(axis=1)
+    fits = gate.abstain.scores(evidence) >= np.asarray(gate.abstain.thresholds)[winner]
+    choice = np.where(fits, winner, rows.none)
+    return float(np.mean(choice == rows.labels)) if len(choice) else 1.0
+
+
+def _taught(
+    examples: Mapping[str, Sequence[str]], corrections: Sequence[Correction]
+) -> dict[str, list[str]]:
+    """Examples with each corrected text under the adapter that is right, and no other."""
+    right = {c.text: c.right or "" for c in corrections}  # the newest word on a text
+    found = {name: [t for t in texts if t not in right] for name, texts in examples.items()}
+    for text, name in right.items():
+        found[name].append(text)
+    return found
