@@ -92,15 +92,18 @@ def learn(
     materials: Sequence[Material],
     report: Callable[[Progress], None] = lambda progress: None,
     tell: Callable[[str], None] = lambda line: None,
+    *,
+    resume: bool = False,
 ) -> Outcome:
     """Train a plan's experts in one pass, put them on the shelf, refit the router, and judge.
 
+    A plan that is to overwrite begins anew, unless `resume`: then it goes on from its checkpoint.
     Raises AdapterError before anything is learned if the library has one of these names and the
     plan is not to overwrite it, TrainError, and Stopped.
     """
     shelf = shelf_of(plan)
     _check_names(plan, shelf)
-    if plan.overwrite:
+    if plan.overwrite and not resume:
         _forget(plan.output)
     log = TrainerLog(plan.output / LOG, every=plan.log_every)
 

@@ -21,6 +21,7 @@ from loramix.cli.convert import convert
 from loramix.cli.data import data
 from loramix.cli.demo import demo
 from loramix.cli.flags import flags
+from loramix.cli.jobs import jobs
 from loramix.cli.keys import keys
 from loramix.cli.merge import merge
 from loramix.cli.publish import card, pull, push
@@ -51,6 +52,7 @@ app.add_typer(route, name="route")
 app.add_typer(router, name="router")
 app.add_typer(data, name="data")
 app.add_typer(keys, name="keys")
+app.add_typer(jobs, name="jobs")
 
 
 def _print_version(wanted: bool) -> None:

@@ -54,10 +54,36 @@ def train(
     library: Annotated[Path | None, Option(help="Folder of adapters it goes to.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be done.")] = False,
     preview: Annotated[int, Option(help="Show so many rows, and what of them is learned.")] = 0,
+    detach: Annotated[
+        bool, Option("--detach", help="In a process of its own; see `loramix jobs`.")
+    ] = False,
 ) -> None:
     """Train one or several experts in one pass, then fit the router and compare."""
-    found = _plan(words or [], data, name, base)
-    found = found if library is None else replace(found, library=library)
+    found = planned(words or [], data, name, base, library)
+    if not detach:
+        work(found, dry_run=dry_run, preview=preview)
+        return
+    if dry_run or preview:
+        raise BadRequest("--dry-run and --preview show something here; give them without --detach.")
+    from loramix.cli.jobs import begin
+
+    settings = {"words": words or [], "data": data, "name": name, "base": base, "library": library}
+    begin(
+        ", ".join(expert.name for expert in found.experts),
+        {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()},
+    )
+
+
+def planned(
+    words: list[str], data: Path | None, name: str | None, base: str, library: Path | None
+) -> Plan:
+    """What these words of a command line ask for."""
+    found = _plan(words, data, name, base)
+    return found if library is None else replace(found, library=library)
+
+
+def work(found: Plan, *, dry_run: bool = False, preview: int = 0, resume: bool = False) -> None:
+    """Do what was planned, telling how it goes; `resume` keeps the checkpoints in any case."""
     hush(bars=sys.stderr.isatty() and found.base != "pocket")
     from loramix.jobs import gather, learn, open_planned
     from loramix.train.memory import estimate, num_trained
@@ -80,7 +106,7 @@ def train(
         return
     with _stopping() as stopped, _bars() as report:
         run = replace(found.run, stopped=stopped)
-        outcome = learn(replace(found, run=run), opened, materials, report)
+        outcome = learn(replace(found, run=run), opened, materials, report, resume=resume)
     _print_outcome(outcome)
 
 
