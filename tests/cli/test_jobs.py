@@ -67,7 +67,7 @@ def is_over(job):
 
 
 def trained(place, name) -> Adapter:
-    return Library(place / "own" / "library").get(name)
+    return Library(place / "own" / "library").load(name)
 
 
 def same(one, other):
