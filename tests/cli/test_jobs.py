@@ -110,6 +110,6 @@ def test_a_job_that_fails_says_why(place, capsys):
     (place / "rows.jsonl").write_text("{}\n")
     job = wait(capsys, begun(capsys, "bad").splitlines()[-1], is_over)
     assert job["state"] == "failed"
-    assert "rows.jsonl" in job["error"]
+    assert "no known shape" in job["error"]
     assert main(["jobs", "list"]) == 0
     assert "failed" in capsys.readouterr().out
