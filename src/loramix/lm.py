@@ -204,20 +204,23 @@ def open(
     device: str = "auto",
     revision: str | None = None,
     quantize: str = "none",
-    router: bool = True,
+    router: bool | Router = True,
     engine: Mapping[str, Any] | None = None,
 ) -> LM:
     """Open a base by folder, hub id or "pocket", with the adapters of a library.
 
     Without `library`: pocket's own for pocket, else yours (`default_library`). `quantize` "int8"
-    halves the base's memory (see `open_base`). Its router comes along unless `router` is false.
-    `engine` are options of `LocalEngine`. Raises BaseError, AdapterError, RouteError, EngineError.
+    halves the base's memory (see `open_base`). Its router comes along unless `router` is false or
+    another. `engine` are options of `LocalEngine`.
+    Raises BaseError, AdapterError, RouteError, EngineError.
     """
     from loramix.base import open_base
     from loramix.engine.local import LocalEngine
 
     shelf = Library(Path(library) if library else default_library(base))
-    asked = load_router(shelf) if router and has_router(shelf) else None
+    asked = None if isinstance(router, bool) else router
+    if router is True and has_router(shelf):
+        asked = load_router(shelf)
     opened = open_base(base, dtype=dtype, device=device, revision=revision, quantize=quantize)
     return LM(LocalEngine(opened, library=shelf, **engine or {}), shelf, asked)
 

@@ -14,6 +14,7 @@ from loramix.serve.settings import (
     BaseSettings,
     EngineSettings,
     LimitSettings,
+    RouterSettings,
     Settings,
     load,
     open_service,
@@ -115,7 +116,10 @@ BAD = {
     "base: {model: a, dtype: int4}": r"base.dtype: input should be 'auto', .* not 'int4'",
     "base: {model: a, quantize: int4}": r"base.quantize: .* 'none' or 'int8'",
     "base: {mdel: a}": r"base.mdel is no setting; did you mean 'model'\?",
-    "router: rulez": r"router: input should be 'auto' or 'none', not 'rulez'",
+    "router: rulez": r"router.kind: input should be 'auto', .* not 'rulez'",
+    "router: {kind: rules}": r"router: kind rules needs file",
+    "router: {kind: auto, mix: sql}": r"router: kind fixed needs mix, and no other kind has it",
+    "router: {knd: none}": r"router.knd is no setting; did you mean 'kind'\?",
     "default_mix: 3": r"default_mix: .* string",
     "cors: '*'": r"cors: input should be a list, not '\*'",
     "cors: [1]": r"cors.0: .* string",
@@ -182,6 +186,8 @@ def test_every_mistake_is_named_at_once(written):
         ("library: {0}\nadapters: [{{name: a, model: ./x.bin}}]", "./x.bin does not exist"),
         ("library: {0}\nadapters: [{{name: a, model: o/a, device: cuda}}]", "lies where"),
         ("library: {0}\ndefault_mix: auto", "has no router"),
+        ("router: {{kind: fixed, mix: nobody}}", "router: No adapter 'nobody'"),
+        ("router: {{kind: rules, file: '{0}/no.yaml'}}", "cannot be read as rules"),
         ("default_mix: auto\nrouter: none", "needs the router that router: none leaves out"),
         ("library: {0}\ndefault_mix: 'a:0.5++'", "default_mix: "),
         ("library: {0}\ndefault_mix: lost", "default_mix: No adapter 'lost'"),
@@ -221,6 +227,17 @@ def test_a_service_is_what_the_settings_say(tmp_path):
         open_service(again)
 
 
+def test_a_router_of_the_settings(tmp_path):
+    (tmp_path / "rules.yaml").write_text("rules: {sql: select}")
+    settings = load([], [f"router={{kind: rules, file: {tmp_path}/rules.yaml}}"])
+    assert problems(settings) == []
+    router = settings.router.opened()
+    assert not isinstance(router, bool)
+    assert router.adapters == ("sql",)
+    assert load([], ["router.kind=none"]).router.opened() is False
+    assert load([]).router.opened() is True
+
+
 def test_the_document_names_every_setting():
     said = set(re.findall(r"^\| `([\w.]+)` \|", DOCUMENT.read_text("utf-8"), re.M))
     known = set()
@@ -229,6 +246,7 @@ def test_the_document_names_every_setting():
         "adapters": AdapterSettings,
         "engine": EngineSettings,
         "limits": LimitSettings,
+        "router": RouterSettings,
     }
     for name in Settings.model_fields:
         inner = sections[name].model_fields if name in sections else ()

@@ -16,13 +16,21 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loramix.adapter import Adapter
-from loramix.errors import AdapterError, LoramixError, MixSyntaxError, SettingsError
+from loramix.errors import (
+    AdapterError,
+    LoramixError,
+    MixSyntaxError,
+    SettingsError,
+    UnknownAdapter,
+)
 from loramix.formats.config import interpret, load_config
 from loramix.formats.folder import CONFIG, find_weights
 from loramix.formats.hub import is_hub_id
 from loramix.library import Library
 from loramix.lm import check_mix, default_library, has_router
 from loramix.mix import Mix, check_name
+from loramix.route import Router
+from loramix.route.fixed import FixedRouter, RulesRouter
 from loramix.serve import overlays
 from loramix.serve.limits import Limits
 from loramix.serve.service import Live, Service
@@ -101,6 +109,29 @@ class Component(Section):
     peft_adapters: tuple[PeftAdapter, ...] = Field((), strict=False)
 
 
+class RouterSettings(Section):
+    """Who answers `auto`; `router: none` is short for `router: {kind: none}`."""
+
+    kind: Literal["auto", "none", "fixed", "rules"] = "auto"
+    mix: str | None = None  # of fixed
+    file: str | None = None  # of rules
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Self:
+        for name, value, kind in (("mix", self.mix, "fixed"), ("file", self.file, "rules")):
+            if (value is None) == (self.kind == kind):
+                raise ValueError(f"kind {kind} needs {name}, and no other kind has it")
+        return self
+
+    def opened(self) -> bool | Router:
+        """As `lm.open` takes it. Raises MixSyntaxError, RouteError."""
+        if self.mix is not None:
+            return FixedRouter(Mix.parse(self.mix))
+        if self.file is not None:
+            return RulesRouter.load(Path(self.file))
+        return self.kind == "auto"
+
+
 class EngineSettings(Section):
     """Of the running batch; see `LocalEngine`. What is not said is its own default."""
 
@@ -139,7 +170,7 @@ class Settings(Section):
     component: Component | None = None
     peft_adapters: tuple[PeftAdapter, ...] = Field((), strict=False)
     default_mix: str | None = None  # of requests that name none
-    router: Literal["auto", "none"] = "auto"  # "none" leaves the library's router out
+    router: RouterSettings = RouterSettings()
     engine: EngineSettings = EngineSettings()
     limits: LimitSettings = LimitSettings()
     host: str = "127.0.0.1"
@@ -149,6 +180,11 @@ class Settings(Section):
     database: str | None = None  # URL; $LORAMIX_DATABASE, or a file of yours
     log_file: str | None = None  # beside stderr; `loramix logs` reads it
     log_prompts: bool = False
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _short_router(cls, router: Any) -> Any:
+        return {"kind": router} if isinstance(router, str) else router
 
     @field_validator("base", mode="before")
     @classmethod
@@ -225,7 +261,7 @@ def open_service(settings: Settings, *, insecure: bool = False) -> Service:
         device=base.device,
         revision=base.revision,
         quantize=base.quantize,
-        router=settings.router == "auto",
+        router=settings.router.opened(),
         engine=settings.engine.options(),
     )
     try:
@@ -290,10 +326,11 @@ def _problems(settings: Settings) -> Iterator[LoramixError]:
     for root in settings.roots:
         if not Path(root).is_dir():
             yield SettingsError(f"roots: {root} is no folder.")
-    try:
-        _check_default(settings)
-    except LoramixError as error:
-        yield SettingsError(f"default_mix: {error}")
+    for name, check in (("default_mix", _check_default), ("router", _check_router)):
+        try:
+            check(settings)
+        except LoramixError as error:
+            yield SettingsError(f"{name}: {error}")
 
 
 def _check(adapter: AdapterSettings, base: BaseSettings, shelf: Library) -> None:
@@ -312,16 +349,27 @@ def _check(adapter: AdapterSettings, base: BaseSettings, shelf: Library) -> None
 
 
 def _check_default(settings: Settings) -> None:
-    known = {*settings.shelf.names(), *(adapter.name for adapter in settings.all_adapters)}
+    known = _known(settings)
     if settings.mix == "auto":
-        if settings.router == "none":
+        if settings.router.kind == "none":
             raise SettingsError("'auto' needs the router that router: none leaves out.")
-        if not has_router(settings.shelf):
+        if settings.router.kind == "auto" and not has_router(settings.shelf):
             check_mix("auto", settings.shelf)
     elif settings.mix:
         for name in Mix.parse(settings.mix):
             if name not in known:
                 check_mix(name, settings.shelf)
+
+
+def _check_router(settings: Settings) -> None:
+    router, known = settings.router.opened(), _known(settings)
+    for name in () if isinstance(router, bool) else router.adapters:
+        if name not in known:
+            raise UnknownAdapter(name, sorted(known))
+
+
+def _known(settings: Settings) -> set[str]:
+    return {*settings.shelf.names(), *(adapter.name for adapter in settings.all_adapters)}
 
 
 def _sentence(found: overlays.Overlays, problem: Any) -> str:
