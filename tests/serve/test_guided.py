@@ -47,3 +47,21 @@ def test_only_named_origins_may_call(guided):
     for origin, allowed in (("http://page", "http://page"), ("http://other", None)):
         answer = guided.http.get("/v1/models", headers={"Origin": origin})
         assert answer.headers.get("access-control-allow-origin") == allowed
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example:8000"}, 403),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://page"}, 200),
+        ({"Origin": "http://localhost:8000"}, 200),
+        ({"Origin": "http://127.0.0.1:3"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({}, 200),
+    ],
+)
+def test_without_keys_pages_of_other_sites_are_refused(guided, headers, status):
+    assert guided.http.get("/v1/adapters", headers=headers).status_code == status

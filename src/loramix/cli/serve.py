@@ -186,7 +186,7 @@ def _in_process(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
 
     async def ask() -> httpx2.Response:
         transport = httpx2.ASGITransport(create_app(service))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post("/v1/chat/completions", json=request, timeout=None)
 
     with service.lm:

@@ -1,7 +1,8 @@
 """Who asks: the API key of a request, what it may use, and how much of that in a minute.
 
-Until the store holds a key, whoever reaches us over loopback is an admin, and nobody else is let
-in unless the server was told to be `insecure`. From the first key on everybody needs one.
+Until the store holds a key, whoever reaches us over loopback is an admin (pages of other sites in
+a browser here are not), and nobody else is let in unless the server was told to be `insecure`.
+From the first key on everybody needs one.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import asyncio
 import ipaddress
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loramix.errors import LoramixError, NotKnown, TooMany
+from loramix.errors import LoramixError, NotAllowed, NotKnown, TooMany
 from loramix.serve.failures import on_loramix_error
 from loramix.serve.service import Caller, Service
 from loramix.store.records import Key
@@ -72,9 +74,12 @@ class Access:
             if key is None:
                 raise NotKnown(bool(given))
             return key
-        if self._service.insecure or _is_near(scope):
+        if self._service.insecure:
             return None
-        raise NotKnown(bool(given))
+        if not _is_near(scope):
+            raise NotKnown(bool(given))
+        _require_own_page(Headers(scope=scope), self._service.cors)
+        return None
 
 
 class Rates:
@@ -119,6 +124,30 @@ def _is_near(scope: Scope) -> bool:
     """Whether the other end of the connection is on this machine; a socket file is, too."""
     client = scope.get("client")
     return client is None or ipaddress.ip_address(client[0]).is_loopback
+
+
+def _require_own_page(headers: Headers, origins: Sequence[str]) -> None:
+    """NotAllowed for what a page of another site has a browser on this machine ask.
+
+    A browser sends forms to loopback for any page, and says whose it is in `Origin`; a page whose
+    name was made to point to loopback (DNS rebinding) is known by its name in `Host`.
+    """
+    host, origin = headers.get("host", "localhost"), headers.get("origin", "http://localhost")
+    if not _is_loopback(host) or not (origin in origins or _is_loopback(origin)):
+        foreign = host if _is_loopback(origin) else origin
+        raise NotAllowed(
+            f"This was asked for a page of {foreign[:80]}, which is not among the cors "
+            f"origins; add it there, or make a key with `loramix keys add`."
+        )
+
+
+def _is_loopback(place: str) -> bool:
+    """Whether an origin, or a host with or without a port, is this machine by name or number."""
+    name = urlsplit(place if "//" in place else f"//{place}").hostname or ""
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _num_tokens(scope: Scope) -> int:
