@@ -109,7 +109,7 @@ async def ask(
 ) -> None:
     body = question.body
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: loramix\r\ncontent-type: application/json\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )
     start = time.monotonic()

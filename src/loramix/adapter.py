@@ -16,6 +16,7 @@ class Card:
 
     `examples` are a few queries it is good at. `weight` is the one its author recommends.
     `scores` maps a metric to its value on held-out rows, for instance {"exact": 0.95}.
+    `system_prompt` is that of chats which bring none.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Card:
     base_fingerprint: str = ""  # `Base.fingerprint`, empty when unknown
     licence: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
+    system_prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

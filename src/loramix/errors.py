@@ -20,6 +20,7 @@
   * StoreError             a database that cannot be opened, read or written
     - NoRecord               it does not hold this, or not for this key
     - Conflict               somebody else was faster
+    - Unstorable             a value that no database holds
   * ServeError             what a server refuses, or cannot do now
     - TooLarge               a body beyond the limit
     - NotKnown               a key is needed, or the one given opens nothing
@@ -123,6 +124,12 @@ class NoRecord(StoreError):
 
 class Conflict(StoreError):
     status = 409
+
+
+class Unstorable(StoreError):
+    """Half a character, a NaN, or for PostgreSQL a NUL."""
+
+    status = 400
 
 
 class ServeError(LoramixError): ...

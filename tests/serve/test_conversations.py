@@ -147,8 +147,9 @@ def test_rename_delete_list_export(front):
     assert front.http.patch(first, json={"title": "new"}).json()["title"] == "new"
     listed = front.http.get("/v1/conversations").json()["data"]
     assert [each["title"] for each in listed] == ["new", "two"]
-    older = front.http.get("/v1/conversations", params={"before": listed[0]["changed"]})
-    assert [each["title"] for each in older.json()["data"]] == ["two"]
+    part = front.http.get("/v1/conversations?limit=1").json()
+    rest = front.http.get("/v1/conversations", params={"after": part["next"]}).json()
+    assert [part["data"], rest["data"], rest["next"]] == [listed[:1], listed[1:], None]
     exported = front.http.get(f"{first}/export")
     assert exported.json() == front.http.get(first).json()
     assert exported.headers["content-disposition"].startswith("attachment")
@@ -185,7 +186,8 @@ def test_conversations_belong_to_the_key_that_made_them(front):
     ("path", "body"),
     [
         ("", {"title": "x" * 201}), ("", {"title": "a\nb"}), ("", {"titel": "x"}),
-        ("", {"system": "a\0b"}), ("/turns", {}), ("/turns", {"content": ""}),
+        ("", {"system": "a\0b"}), ("", {"system": "\ud800"}), ("", {"title": "\ud800"}),
+        ("/turns", {"content": "\ud800"}), ("/turns", {}), ("/turns", {"content": ""}),
         ("/turns", {"content": "a\0b"}), ("/turns", {"content": "hi", "n": 2}),
         ("/turns", {"content": "hi", "mix": "a++b"}), ("/turns", {"content": "hi", "top_p": 3}),
         ("/turns", {"content": "hi", "logprobs": True}), ("/regenerate", {}),
@@ -194,11 +196,14 @@ def test_conversations_belong_to_the_key_that_made_them(front):
 )  # fmt: skip
 def test_what_cannot_be_is_a_400_and_keeps_nothing(front, path, body):
     place = made(front.http)
-    got = front.http.post(f"{place}{path}" if path else "/v1/conversations", json=body)
+    raw = json.dumps(body)  # half a character too, escaped
+    where = f"{place}{path}" if path else "/v1/conversations"
+    got = front.http.post(where, content=raw, headers={"content-type": "application/json"})
     assert (got.status_code, bool(got.json()["error"]["message"])) == (400, True), got.text
     assert front.http.get(place).json()["turns"] == []
     assert front.http.patch(place, json={}).status_code == 400
-    assert front.http.get("/v1/conversations?limit=0").status_code == 400
+    for bad in ("limit=0", "after=1", "after=x-y", f"after=1.5-{'g' * 32}"):
+        assert front.http.get(f"/v1/conversations?{bad}").status_code == 400
 
 
 def test_a_server_without_a_store_says_so(lm):

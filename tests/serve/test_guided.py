@@ -1,8 +1,13 @@
 """What settings add to a service: system prompts of adapters, and pages of other origins."""
 
+import json
+import shutil
+
 import pytest
 
 import loramix
+from loramix.library import Library
+from loramix.lm import LM
 from loramix.mix import Mix
 from loramix.serve.service import Service
 from tests.serve.front import running
@@ -41,6 +46,53 @@ def test_the_heaviest_adapter_that_has_one_gives_it(guided):
     service = guided.service
     assert service.system_prompt(Mix({"banking": 2, "sql": 0.1})) == "be kind"
     assert service.system_prompt(Mix({"banking": 2})) == ""
+
+
+def test_an_adapters_prompt_is_changed_while_it_runs(guided, shop, tmp_path):
+    shelf = Library(shutil.copytree(shop.library, tmp_path / "library"))
+    with LM(guided.service.lm.engine, shelf) as lm, running(Service(lm)) as front:
+        bare = usage(front, model="sql", messages=[HI])
+        patch = {"system_prompt": "be kind"}
+        assert front.http.patch("/v1/adapters/sql", json=patch).json().items() >= patch.items()
+        said = usage(front, model="base", messages=[KIND, HI])
+        for model in ("sql", "sql:0.5", "banking:0.2+sql:0.4"):
+            assert usage(front, model=model, messages=[HI]) == said > bare
+        own = [{"role": "system", "content": "x"}, HI]
+        assert usage(front, model="sql", messages=own) == usage(front, model="base", messages=own)
+        assert shelf.card("sql").system_prompt == "be kind"  # and so after a restart
+        front.http.patch("/v1/adapters/sql", json={"system_prompt": ""})
+        assert usage(front, model="sql", messages=[HI]) == bare
+        (shelf.folder / "sql" / "card.json").write_text("{")
+        got = front.chat(model="sql")
+        assert (got.status_code, "card.json" in got.text) == (500, True)
+
+
+@pytest.mark.parametrize(
+    ("patch", "says"),
+    [
+        ({"system_prompt": "x"}, "The settings say the system_prompt of 'sql'"),
+        ({"system_prompt": "a\0b"}, "The settings say"),
+        ({"system_prompt": 3}, "valid string"),
+        ({"description": "a\ud800b"}, "surrogates not allowed"),
+        ({"skills": ["\udcff"]}, "surrogates not allowed"),
+        ({"weight": float("nan")}, "finite number"),
+        ({"weight": float("inf")}, "finite number"),
+    ],
+)
+def test_a_patch_that_cannot_be_leaves_the_card(guided, patch, says):
+    before = guided.http.get("/v1/adapters/sql").json()
+    assert before["system_prompt"] == "be kind"  # the settings'
+    raw = json.dumps(patch)
+    headers = {"content-type": "application/json"}
+    got = guided.http.patch("/v1/adapters/sql", content=raw, headers=headers)
+    assert (got.status_code, says in got.json()["error"]["message"]) == (400, True), got.text
+    assert guided.http.get("/v1/adapters/sql").json() == before
+
+
+def test_a_prompt_that_no_chat_could_begin_with_is_refused(guided):
+    for prompt in ("a\0b", " "):
+        got = guided.http.patch("/v1/adapters/banking", json={"system_prompt": prompt})
+        assert got.status_code == 400, got.text
 
 
 def test_only_named_origins_may_call(guided):

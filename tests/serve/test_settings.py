@@ -9,6 +9,7 @@ from loramix.engine.local import LocalEngine
 from loramix.errors import LoramixError, SettingsError
 from loramix.formats import peft
 from loramix.library import Library
+from loramix.serve.opening import open_service, problems
 from loramix.serve.settings import (
     AdapterSettings,
     BaseSettings,
@@ -17,8 +18,6 @@ from loramix.serve.settings import (
     RouterSettings,
     Settings,
     load,
-    open_service,
-    problems,
 )
 from tests.tiny import random_adapter, tiny_base
 

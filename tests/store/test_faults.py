@@ -1,6 +1,7 @@
 """The process is killed, the disk is full, the database goes away and comes back."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -75,6 +76,37 @@ def _limited(store, pages):
         connection.execute(f"PRAGMA max_page_count={pages}").close()
 
     sa.event.listen(store._database._engine, "connect", limit)
+
+
+def test_a_file_that_is_gone_is_said_and_back_it_serves_again(tmp_path):
+    file, aside = tmp_path / "x.db", tmp_path / "aside.db"
+    with Store.open(f"sqlite:///{file}") as store:
+        made = store.conversations.create("", title="kept")
+        file.rename(aside)
+        for ask in (store.keys.is_empty, lambda: store.conversations.create("")):
+            with pytest.raises(StoreError, match="cannot be used"):
+                ask()
+        assert not file.exists()  # none is made in its place
+        aside.rename(file)
+        assert store.conversations.get(made.id, [""]) == made
+    with Store.open(f"sqlite:///{file}") as store:  # and nothing went to another place
+        assert store.conversations.list([""]) == [made]
+
+
+def test_a_file_that_was_put_back_from_a_copy_is_the_one_that_counts(tmp_path):
+    file, copy = tmp_path / "x.db", tmp_path / "copy.db"
+    with Store.open(f"sqlite:///{file}") as store:
+        early = store.conversations.create("")
+    shutil.copy(file, copy)
+    with Store.open(f"sqlite:///{file}") as store:
+        store.conversations.create("")
+        store._database._engine.dispose()  # the log is in the file now
+        store.keys.is_empty()
+        copy.replace(file)
+        later = store.conversations.create("")
+        assert {c.id for c in store.conversations.list([""])} == {early.id, later.id}
+    with Store.open(f"sqlite:///{file}") as store:
+        assert {c.id for c in store.conversations.list([""])} == {early.id, later.id}
 
 
 def test_a_locked_database_is_said(store, monkeypatch):

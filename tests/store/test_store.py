@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from loramix.errors import BadRequest, Conflict, NoRecord, StoreError
+from loramix.errors import BadRequest, Conflict, NoRecord, StoreError, Unstorable
 from loramix.store import Store, tables
 from loramix.store.database import Database
 from loramix.store.records import Turn
@@ -185,8 +185,34 @@ def test_lists_begin_with_the_last_changed_and_go_on(store):
     store.conversations.change(made[0].id, NOBODY, title="new")
     listed = store.conversations.list(NOBODY, limit=2)
     assert [c.id for c in listed] == [made[0].id, made[4].id]
-    rest = store.conversations.list(NOBODY, before=listed[-1].changed)
+    rest = store.conversations.list(NOBODY, before=(listed[-1].changed, listed[-1].id))
     assert [c.id for c in rest] == [made[3].id, made[2].id, made[1].id]
+
+
+def test_conversations_of_one_moment_are_all_listed_once(store, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1000.5)
+    made = {store.conversations.create("").id for _ in range(7)}
+    found, place = [], None
+    while part := store.conversations.list(NOBODY, limit=2, before=place):
+        found += [each.id for each in part]
+        place = part[-1].changed, part[-1].id
+    assert len(found) == 7
+    assert set(found) == made
+
+
+@pytest.mark.parametrize(
+    "turn", [asked("a\ud800b"), answered(scores={"sql": float("nan")}), answered("x", mix="\udcff")]
+)
+def test_what_no_database_holds_is_a_bad_request_and_nothing_is_kept(store, turn):
+    made = store.conversations.create("")
+    with pytest.raises(Unstorable, match="cannot hold this") as error:
+        store.conversations.append(made.id, [turn])
+    assert (error.value.status, "\n" in str(error.value)) == (400, False)
+    assert store.conversations.get(made.id, NOBODY) == made
+    with pytest.raises(NoRecord if not store.is_shared else Unstorable):
+        store.conversations.get("a\0b", NOBODY)
+    with pytest.raises(Unstorable):
+        store.tasks.get("\ud800", NOBODY)
 
 
 def test_a_deleted_conversation_takes_its_turns_along(store):
@@ -263,6 +289,25 @@ def test_a_job_is_started_by_one_and_ends_once(store):
     with pytest.raises(NoRecord, match="no job"):
         store.jobs.get(job.id)
     assert store.jobs.list("running", "done") == []
+
+
+def test_a_file_is_its_owners_alone_and_one_that_is_there_stays_as_it_is(tmp_path):
+    new, old = tmp_path / "new.db", tmp_path / "old.db"
+    old.touch(0o644)
+    for place in (new, old):
+        with Store.open(f"sqlite:///{place}") as store:
+            store.keys.add("ada")
+            modes = {file.stat().st_mode & 0o777 for file in tmp_path.glob(f"{place.name}*")}
+            assert modes == {0o600 if place == new else 0o644}  # the log beside it, too
+
+
+@pytest.mark.parametrize("place", ["file/x.db", "folder"])
+def test_where_nothing_can_be_written_is_said_in_a_sentence(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StoreError, match=r"cannot be opened: .* name another file") as error:
+        Store.open(f"sqlite:///{tmp_path / place}")
+    assert "\n" not in str(error.value)
 
 
 def test_a_store_is_named_without_its_password(tmp_path):

@@ -62,7 +62,7 @@ def serve(
 
 def validate(file: Files = None, assignments: Assignments = None) -> None:
     """Check settings and what they name, without loading weights."""
-    from loramix.serve.settings import problems
+    from loramix.serve.opening import problems
 
     settings = _settings(file, assignments)
     if found := problems(settings):
@@ -123,7 +123,7 @@ def _settings(files: Sequence[Path] | None, assignments: Sequence[str] | None) -
 
 def _opened(settings: Settings, *, insecure: bool = False) -> Any:
     from loramix.cli.opening import hush, import_quickly, no_collection, notice
-    from loramix.serve.settings import open_service
+    from loramix.serve.opening import open_service
 
     hush(bars=False)
     with notice(f"Opening {settings.model.model} ..."), no_collection():

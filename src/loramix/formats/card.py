@@ -36,6 +36,7 @@ def read_card(folder: str | Path) -> Card:
         base_fingerprint=get.text("base_fingerprint"),
         licence=get.text("licence"),
         scores=get.numbers("scores"),
+        system_prompt=get.text("system_prompt"),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -30,10 +30,11 @@ from loramix.errors import AdapterError, BadRequest, StorageFailed, UnknownAdapt
 from loramix.formats.card import write_card
 from loramix.formats.folder import CARD, CONFIG, SAFE
 from loramix.mix import Mix, check_name
+from loramix.serve.answering import check_system
 from loramix.serve.failures import Plain, body
 from loramix.serve.naming import model_mix, scaled
 from loramix.serve.service import ADMIN, Asking, Service, Serving
-from loramix.serve.wire import LoraScale, Wire
+from loramix.serve.wire import LoraScale, Text, Wire
 
 router = APIRouter(tags=["Adapters"], dependencies=ADMIN)
 FILES = (CONFIG, CARD, *SAFE)
@@ -125,6 +126,7 @@ class CardBody(BaseModel):
     base_fingerprint: str
     licence: str
     scores: dict[str, float]
+    system_prompt: str
     in_memory: bool
 
 
@@ -134,11 +136,12 @@ class AdapterList(BaseModel):
 
 
 class CardPatch(Wire):
-    description: str | None = None
-    skills: list[str] | None = None
-    examples: list[str] | None = None
-    weight: float | None = None
-    licence: str | None = None
+    description: Text | None = None
+    skills: list[Text] | None = None
+    examples: list[Text] | None = None
+    weight: float | None = Field(None, allow_inf_nan=False)
+    licence: Text | None = None
+    system_prompt: Text | None = Field(None, description='Of chats that bring none; "" is none.')
 
 
 @router.get("/v1/adapters")
@@ -160,6 +163,10 @@ async def change(name: str, patch: CardPatch, service: Serving) -> CardBody:
     said = patch.model_dump(exclude_none=True)
     if not said:
         raise BadRequest("The patch says nothing; send the fields of the card that change.")
+    if patch.system_prompt is not None:
+        if name in service.system_prompts:
+            raise BadRequest(f"The settings say the system_prompt of {name!r}; change it there.")
+        check_system(patch.system_prompt)
     lists = {key: tuple(value) for key, value in said.items() if isinstance(value, list)}
     card = dataclasses.replace(library.card(name), **(said | lists))
     with _kept():
@@ -282,8 +289,12 @@ def _inside(path: str, roots: tuple[Path, ...]) -> Path:
 
 
 def _body(card: Card, service: Service) -> CardBody:
-    loaded = service.lm.engine.statistics().adapters
-    return CardBody.model_validate({**dataclasses.asdict(card), "in_memory": card.name in loaded})
+    said = service.system_prompts.get(card.name, card.system_prompt)
+    more = {
+        "system_prompt": said,
+        "in_memory": card.name in service.lm.engine.statistics().adapters,
+    }
+    return CardBody.model_validate(dataclasses.asdict(card) | more)
 
 
 def _vllm(status: int, message: str) -> Response:

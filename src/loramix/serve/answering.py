@@ -54,6 +54,12 @@ def _guided(prompt: Prompt, system: str) -> Prompt:
     return (Message("system", system), *messages)
 
 
+def check_system(prompt: str | None) -> None:
+    """BadRequest for a system prompt that no chat could begin with."""
+    if prompt:
+        as_messages([Message("system", prompt), Message("user", "?")])
+
+
 async def routed(service: Service, caller: Caller, query: Sequence[Message]) -> Decision:
     """What the router makes of a conversation, within the adapters that the caller may use."""
     turns = as_messages(query)

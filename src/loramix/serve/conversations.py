@@ -1,7 +1,7 @@
 """Conversations that are kept. They belong to the key that made them.
 
     POST   /v1/conversations                  {"title"?, "system"?}           -> the conversation
-    GET    /v1/conversations?limit=&before=   the last changed first, without turns
+    GET    /v1/conversations?limit=&after=    the last changed first, without turns
     GET    /v1/conversations/{id}             with its turns; /export is the same as a file
     PATCH  /v1/conversations/{id}             {"title"?, "system"?}
     DELETE /v1/conversations/{id}
@@ -34,7 +34,7 @@ from loramix.engine import Request, Sampling
 from loramix.errors import BadRequest
 from loramix.lm import as_messages
 from loramix.serve import chats
-from loramix.serve.answering import Numbered, answers, in_time, planned
+from loramix.serve.answering import Numbered, answers, check_system, in_time, planned
 from loramix.serve.events import DONE, EventStream, event, while_connected
 from loramix.serve.naming import named_mix
 from loramix.serve.openai import GONE, STREAMED
@@ -111,11 +111,12 @@ class ConversationBody(ConversationHead):
 
 class ConversationList(BaseModel):
     data: list[ConversationHead]
+    next: str | None  # where the list goes on, as `after`
 
 
 @router.post("", status_code=201)
 async def create(asked: ConversationAsked, service: Serving, caller: Asking) -> ConversationBody:
-    _check_system(asked.system)
+    check_system(asked.system)
     made = await asyncio.to_thread(
         service.kept.conversations.create,
         caller.owner,
@@ -130,14 +131,17 @@ async def list_(
     service: Serving,
     caller: Asking,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    before: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+    after: Annotated[str | None, Query(pattern=r"^[0-9]+\.[0-9]+-[0-9a-f]{32}$")] = None,
 ) -> ConversationList:
-    """`before` is the `changed` of the last one that was seen."""
+    """`after` is the `next` of the part of the list before."""
+    changed, _, id = (after or "").partition("-")
+    before = (float(changed), id) if after else None
     listed = await asyncio.to_thread(
         service.kept.conversations.list, caller.owners, limit=limit, before=before
     )
     heads = [ConversationHead.model_validate(each, from_attributes=True) for each in listed]
-    return ConversationList(data=heads)
+    more = f"{heads[-1].changed}-{heads[-1].id}" if len(heads) == limit else None
+    return ConversationList(data=heads, next=more)
 
 
 @router.get("/{id}")
@@ -161,7 +165,7 @@ async def change(
     """Rename it, or give it another system prompt from the next answer on."""
     if asked.title is None and asked.system is None:
         raise BadRequest("The patch says nothing; send a title or a system prompt.")
-    _check_system(asked.system)
+    check_system(asked.system)
     store = service.kept.conversations
     return _body(
         await asyncio.to_thread(
@@ -313,11 +317,6 @@ def _keep_later(place: Place, head: Head, chunks: Sequence[Numbered]) -> None:
 
 async def found_own(id: str, service: Service, caller: Caller) -> Conversation:
     return await asyncio.to_thread(service.kept.conversations.get, id, caller.owners)
-
-
-def _check_system(system: str | None) -> None:
-    if system:
-        as_messages([Message("system", system), Message("user", "?")])
 
 
 def _turn(turn: Turn) -> TurnBody:

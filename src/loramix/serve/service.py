@@ -16,6 +16,7 @@ from loramix.lm import LM, has_router
 from loramix.mix import Mix
 from loramix.serve.limits import Limits
 from loramix.serve.meter import Meter
+from loramix.serve.prompts import CardPrompts
 
 if TYPE_CHECKING:
     from loramix.store import Store
@@ -28,6 +29,7 @@ class Live:
     default: str = ""  # the mix of requests that name none; "" is auto with a router, else base
     numbered: list[str] = field(default_factory=list)  # adapters by the number clients know them by
     hidden: set[str] = field(default_factory=set)  # adapters that were unloaded, not deleted
+    prompts: CardPrompts = field(default_factory=CardPrompts)
     is_ending: bool = False
     writes: set[asyncio.Task[Any]] = field(default_factory=set)  # of answers that were stopped
     runs: dict[str, asyncio.Task[Any]] = field(default_factory=dict)  # workflow tasks at work here
@@ -49,7 +51,7 @@ class Service:
     log_prompts: bool = False
     insecure: bool = False  # other machines are let in even without keys
     cors: tuple[str, ...] = ()  # origins whose pages may call
-    system_prompts: Mapping[str, str] = field(default_factory=dict)  # by adapter
+    system_prompts: Mapping[str, str] = field(default_factory=dict)  # instead of those on cards
     meter: Meter = field(default_factory=Meter)
     live: Live = field(default_factory=Live)
 
@@ -66,8 +68,13 @@ class Service:
 
     def system_prompt(self, mix: Mix) -> str:
         """Of the heaviest adapter of a mix that has one; "" if none has."""
-        having = {name: weight for name, weight in mix.items() if name in self.system_prompts}
-        return self.system_prompts[max(having, key=lambda n: abs(having[n]))] if having else ""
+        prompts = map(self.prompt_of, sorted(mix, key=lambda name: -abs(mix[name])))
+        return next(filter(None, prompts), "")
+
+    def prompt_of(self, name: str) -> str:
+        """An adapter's system prompt: what the settings say, else its card."""
+        said = self.system_prompts.get(name)
+        return self.live.prompts.of(self.lm.library.folder / name) if said is None else said
 
     def names(self) -> list[str]:
         """The adapters on offer."""

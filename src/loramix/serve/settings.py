@@ -1,7 +1,7 @@
 """`loramix.yaml`: what a server serves and how. Every key is honoured or refused, none is ignored.
 
-Unknown keys are errors that say the file, the line and the nearest name. `loramix validate` finds
-what is wrong without reading a weight; `open_service` makes the service.
+Unknown keys are errors that say the file, the line and the nearest name. What the settings name is
+looked at by `problems`, and opened by `open_service` (opening.py).
 """
 
 from __future__ import annotations
@@ -15,25 +15,14 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from loramix.adapter import Adapter
-from loramix.errors import (
-    AdapterError,
-    LoramixError,
-    MixSyntaxError,
-    SettingsError,
-    UnknownAdapter,
-)
-from loramix.formats.config import interpret, load_config
-from loramix.formats.folder import CONFIG, find_weights
-from loramix.formats.hub import is_hub_id
+from loramix.errors import MixSyntaxError, SettingsError
 from loramix.library import Library
-from loramix.lm import check_mix, default_library, has_router
+from loramix.lm import default_library
 from loramix.mix import Mix, check_name
 from loramix.route import Router
 from loramix.route.fixed import FixedRouter, RulesRouter
 from loramix.serve import overlays
 from loramix.serve.limits import Limits
-from loramix.serve.service import Live, Service
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -235,141 +224,6 @@ def load(files: Sequence[Path], assignments: Sequence[str] = ()) -> Settings:
     except ValidationError as error:
         lines = [_sentence(found, problem) for problem in error.errors()]
         raise SettingsError(" ".join(lines)) from None
-
-
-def problems(settings: Settings) -> list[str]:
-    """What would fail when the service is opened, as far as that shows without reading weights."""
-    return [str(error) for error in _problems(settings)]
-
-
-def open_service(settings: Settings, *, insecure: bool = False) -> Service:
-    """Open the database and the base, bring adapters in, start the engine. Raises LoramixError."""
-    from loramix import lm
-    from loramix.engine.local import LocalEngine
-    from loramix.store import Store
-
-    for error in _problems(settings):
-        raise error
-    store = Store.open(settings.database or lm.own_database())
-    shelf, base = settings.shelf, settings.model
-    for adapter in settings.all_adapters:
-        _bring_in(adapter, shelf)
-    opened = lm.open(
-        base.model,
-        shelf.folder,
-        dtype=base.dtype,
-        device=base.device,
-        revision=base.revision,
-        quantize=base.quantize,
-        router=settings.router.opened(),
-        engine=settings.engine.options(),
-    )
-    try:
-        assert isinstance(opened.engine, LocalEngine)
-        for adapter in settings.all_adapters:
-            if adapter.precision != "auto":
-                precise = _as_precise(shelf.load(adapter.name), adapter.precision)
-                opened.engine.add(precise, aligned=False)
-        return Service(
-            opened,
-            store,
-            insecure=insecure,
-            limits=settings.limits.limits(),
-            roots=tuple(Path(root).resolve() for root in settings.roots),
-            log_prompts=settings.log_prompts,
-            cors=settings.cors,
-            system_prompts={
-                a.name: a.system_prompt for a in settings.all_adapters if a.system_prompt
-            },
-            live=Live(default=settings.mix),
-        )
-    except BaseException:
-        opened.close()
-        raise
-
-
-def _as_precise(adapter: Adapter, precision: str) -> Adapter:
-    import torch
-
-    dtype = getattr(torch, precision)
-    return replace(adapter, pairs={name: pair.to(dtype) for name, pair in adapter.pairs.items()})
-
-
-def _bring_in(adapter: AdapterSettings, shelf: Library) -> None:
-    """Copy an adapter into the library, unless its very content is there under its name."""
-    if adapter.model is None:
-        return
-    if adapter.name not in shelf.names():
-        shelf.add(adapter.model, name=adapter.name, revision=adapter.revision)
-        return
-    given = shelf.read(adapter.model, name=adapter.name, revision=adapter.revision)
-    if given.digest != shelf.load(adapter.name).digest:
-        raise AdapterError(
-            f"The library {shelf.folder} has another adapter called {adapter.name!r} than "
-            f"{adapter.model}; remove it with `loramix adapters remove`, or give another name."
-        )
-
-
-def _problems(settings: Settings) -> Iterator[LoramixError]:
-    base, shelf = settings.model, settings.shelf
-    is_here = base.model == "pocket" or (Path(base.model) / "config.json").is_file()
-    if not is_here and not is_hub_id(base.model):
-        yield SettingsError(
-            f"base: {base.model} is no folder with a config.json; expected a model's folder, a hub "
-            f"id or pocket."
-        )
-    for adapter in settings.all_adapters:
-        try:
-            _check(adapter, base, shelf)
-        except LoramixError as error:
-            yield SettingsError(f"Adapter {adapter.name!r}: {error}")
-    for root in settings.roots:
-        if not Path(root).is_dir():
-            yield SettingsError(f"roots: {root} is no folder.")
-    for name, check in (("default_mix", _check_default), ("router", _check_router)):
-        try:
-            check(settings)
-        except LoramixError as error:
-            yield SettingsError(f"{name}: {error}")
-
-
-def _check(adapter: AdapterSettings, base: BaseSettings, shelf: Library) -> None:
-    if adapter.device not in ("auto", base.device):
-        raise SettingsError(
-            f"device is {adapter.device!r} and the base's {base.device!r}; an adapter lies where "
-            f"its base does, so leave it out."
-        )
-    if adapter.model is None:
-        shelf.card(adapter.name)
-    elif (folder := Path(adapter.model)).is_dir():
-        find_weights(folder)
-        interpret(load_config(folder / CONFIG), str(folder / CONFIG))
-    elif not folder.exists() and not is_hub_id(adapter.model):
-        raise SettingsError(f"{adapter.model} does not exist; expected a folder, file or hub id.")
-
-
-def _check_default(settings: Settings) -> None:
-    known = _known(settings)
-    if settings.mix == "auto":
-        if settings.router.kind == "none":
-            raise SettingsError("'auto' needs the router that router: none leaves out.")
-        if settings.router.kind == "auto" and not has_router(settings.shelf):
-            check_mix("auto", settings.shelf)
-    elif settings.mix:
-        for name in Mix.parse(settings.mix):
-            if name not in known:
-                check_mix(name, settings.shelf)
-
-
-def _check_router(settings: Settings) -> None:
-    router, known = settings.router.opened(), _known(settings)
-    for name in () if isinstance(router, bool) else router.adapters:
-        if name not in known:
-            raise UnknownAdapter(name, sorted(known))
-
-
-def _known(settings: Settings) -> set[str]:
-    return {*settings.shelf.names(), *(adapter.name for adapter in settings.all_adapters)}
 
 
 def _sentence(found: overlays.Overlays, problem: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from loramix.chat import Call, Message
 from loramix.engine import Sampling
@@ -18,6 +18,14 @@ from loramix.errors import BadRequest
 
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _of_whole_characters(text: str) -> str:
+    text.encode()  # a ValueError for half a character
+    return text
+
+
+Text = Annotated[str, AfterValidator(_of_whole_characters)]  # that is to be kept
 
 
 class TextPart(Wire):

@@ -17,6 +17,9 @@ from loramix.store.database import Database
 from loramix.store.records import Conversation, Turn
 
 Owners = Sequence[str]
+Place = tuple[
+    float, str
+]  # in a list: when a conversation changed, and its id, as times may be equal
 _HEADS, _TURNS = tables.conversations, tables.turns
 
 
@@ -36,13 +39,13 @@ class Conversations:
         return made
 
     def list(
-        self, owners: Owners, *, limit: int = 100, before: float | None = None
+        self, owners: Owners, *, limit: int = 100, before: Place | None = None
     ) -> list[Conversation]:
-        """Without their turns, the last changed first; `before` continues a list."""
+        """Without their turns, the last changed first; `before` continues after that place."""
         query = sa.select(_HEADS).where(_HEADS.c.owner.in_(owners))
         if before is not None:
-            query = query.where(_HEADS.c.changed < before)
-        query = query.order_by(_HEADS.c.changed.desc(), _HEADS.c.id).limit(limit)
+            query = query.where(sa.tuple_(_HEADS.c.changed, _HEADS.c.id) < before)
+        query = query.order_by(_HEADS.c.changed.desc(), _HEADS.c.id.desc()).limit(limit)
         with self._database.reading() as connection:
             return [Conversation(**row._mapping) for row in connection.execute(query)]
 

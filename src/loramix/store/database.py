@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    IntegrityError,
+    InvalidatePoolError,
+    SQLAlchemyError,
+)
 
-from loramix.errors import StoreError
+from loramix.errors import StoreError, Unstorable
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 BUSY_S = 10  # how long one writer waits for another
@@ -21,7 +31,11 @@ _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"
 
 
 class Database:
-    """Transactions of one database, from any thread. StoreError if it cannot be reached."""
+    """Transactions of one database, from any thread.
+
+    StoreError if it cannot be reached, Unstorable for a value that it cannot hold: half a
+    character, a NaN, and on PostgreSQL a NUL.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = _read(url)
@@ -76,17 +90,28 @@ class Database:
         self._engine.dispose()
 
     def _connect(self) -> sa.Engine:
+        options: dict[str, Any] = {"json_serializer": partial(json.dumps, allow_nan=False)}
         if self.is_shared:
-            return sa.create_engine(
-                self._url, pool_pre_ping=True, connect_args={"connect_timeout": BUSY_S}
-            )
-        Path(str(self._url.database)).parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(
-            self._url, connect_args={"timeout": BUSY_S, "isolation_level": None}
-        )
-        sa.event.listen(engine, "connect", _set_up)
+            waiting = {"connect_timeout": BUSY_S}
+            return sa.create_engine(self._url, pool_pre_ping=True, connect_args=waiting, **options)
+        file = Path(str(self._url.database)).absolute()
+        self._make(file)
+        engine = sa.create_engine(self._url, creator=partial(_opened, file), **options)
+        sa.event.listen(engine, "connect", partial(_set_up, file))
+        sa.event.listen(engine, "checkout", partial(_require_same, file))
         sa.event.listen(engine, "begin", _begin)
         return engine
+
+    def _make(self, file: Path) -> None:
+        """The file, if there is none yet: keys and chats in it are its owner's alone to read."""
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise StoreError(
+                f"The database {self} cannot be opened: {error.strerror}; see that its folder "
+                f"takes writes, or name another file."
+            ) from error
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -94,11 +119,15 @@ class Database:
             yield
         except IntegrityError:  # what it means, its caller knows
             raise
-        except SQLAlchemyError as error:
-            cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        except (SQLAlchemyError, UnicodeEncodeError) as error:
+            bad = (DataError, UnicodeEncodeError)
+            if isinstance(error, bad) or isinstance(getattr(error, "orig", None), ValueError):
+                raise Unstorable(
+                    f"The database cannot hold this: {_cause(error)}; leave it out."
+                ) from error
             raise StoreError(
-                f"The database {self} cannot be used: {cause}; see that it is there, takes writes "
-                f"and has room, then try again."
+                f"The database {self} cannot be used: {_cause(error)}; see that it is there, takes "
+                f"writes and has room, then try again."
             ) from error
 
 
@@ -129,7 +158,38 @@ def _require_psycopg() -> None:
         ) from None
 
 
-def _set_up(connection: Any, _: object) -> None:
+def _cause(error: Exception) -> str:
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _opened(file: Path) -> sqlite3.Connection:
+    """A connection to a file that is there: SQLite would make an empty one in its place."""
+    return sqlite3.connect(
+        f"{file.as_uri()}?mode=rw",
+        uri=True,
+        timeout=BUSY_S,
+        isolation_level=None,
+        check_same_thread=False,  # the pool gives it to one thread at a time
+    )
+
+
+def _require_same(file: Path, _: object, record: Any, __: object) -> None:
+    """Drop connections to a file that was moved or replaced: what they write nobody would find."""
+    if record.info["file"] != _identity(file):
+        raise InvalidatePoolError(f"{file} is not the file that was opened")
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _set_up(file: Path, connection: sqlite3.Connection, record: Any) -> None:
+    record.info["file"] = _identity(file)
     for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {setting}")
 
