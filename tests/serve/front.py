@@ -1,7 +1,10 @@
-"""A real server on a free port, for as long as a block lasts."""
+"""A real server on a free port, for as long as a block lasts: in a thread, or in a process."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -60,3 +63,20 @@ def wait_for(true: object, seconds: float = 20) -> None:
     while not true():
         assert time.monotonic() < end, "it did not come true in time"
         time.sleep(0.005)
+
+
+@contextmanager
+def served(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`loramix serve` with these words, and its address."""
+    command = [sys.executable, "-m", "loramix", "serve", "--port", "0", *words]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            assert "at http://127.0.0.1:" in line, (log.seek(0), log.read())
+            yield process, line.split()[-1]
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()

@@ -5,6 +5,8 @@ import pytest
 
 import loramix
 from loramix.errors import TooMany
+from loramix.mix import Mix
+from loramix.route import Decision
 from loramix.serve.access import Rates
 from loramix.serve.app import create_app
 from loramix.serve.service import Service
@@ -33,9 +35,11 @@ def front(lm, store):
         yield front
 
 
+GREEDY = {"temperature": 0, "max_tokens": 6}
+
+
 def chat(text, model="", **more):
-    asked = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 6}
-    return asked | {"model": model} | more
+    return {"messages": [{"role": "user", "content": text}], "model": model} | GREEDY | more
 
 
 def say(http, text, model="", **more):
@@ -108,27 +112,122 @@ WAYS = [
 ]  # fmt: skip
 
 
-def test_no_key_reaches_the_others_adapters(front, store):
+@pytest.fixture
+def pair(front, store):
+    """Two users' clients; banking is the adapter of one, sql that of the other."""
     secrets = {name: store.keys.add(name, adapters=[name])[1] for name in ("banking", "sql")}
     with client(front, secrets["banking"]) as mine, client(front, secrets["sql"]) as other:
-        wanted = say(other, SQL, "sql").json()["choices"]  # now it lies in the prefix cache
-        for way in WAYS:
-            for stream in (False, True):
-                got = say(mine, SQL, **({"model": ""} | way), stream=stream)
-                assert got.status_code in (400, 404), way
-                assert wanted[0]["message"]["content"] not in got.text
-            body = {"prompt": "the cat", "max_tokens": 2} | way
-            assert mine.post("/v1/completions", json=body).status_code in (400, 404), way
-        assert mine.get("/v1/models/sql").status_code == 404
-        assert mine.get("/v1/models/banking:0.5+sql:0.5").status_code == 404
-        listed = [model["id"] for model in mine.get("/v1/models").json()["data"]]
-        assert "banking" in listed
-        assert "sql" not in listed
-        routed = mine.post("/v1/route", json={"text": SQL}).json()
-        assert "sql" not in str(routed)
-        answer = say(mine, SQL, "auto")
-        assert answer.status_code == 200
-        assert "sql" not in answer.json()["model"] + str(answer.json()["loramix"])
+        yield mine, other
+
+
+def asked_under(way, **more):
+    return ({"model": ""} if "model" not in way else {}) | way | more
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_no_key_runs_the_others_adapters(pair, way):
+    mine, other = pair
+    wanted = say(other, SQL, "sql").json()["choices"]  # now it lies in the prefix cache
+    id = mine.post("/v1/conversations", json={}).json()["id"]
+    own = GREEDY | {"content": SQL, "mix": "banking"}
+    assert mine.post(f"/v1/conversations/{id}/turns", json=own).is_success
+    turn = GREEDY | way
+    for stream in (False, True):
+        for path, body in [
+            ("/v1/chat/completions", chat(SQL, **asked_under(way, stream=stream))),
+            ("/v1/completions", asked_under(way, prompt=SQL, stream=stream)),
+            (f"/v1/conversations/{id}/turns", {"content": SQL, "stream": stream} | turn),
+            (f"/v1/conversations/{id}/regenerate", {"stream": stream} | turn),
+        ]:
+            got = mine.post(path, json=body)
+            assert got.status_code in (400, 404), (path, got.text)
+            assert wanted[0]["message"]["content"] not in got.text
+    assert len(mine.get(f"/v1/conversations/{id}").json()["turns"]) == 2
+
+
+@pytest.mark.parametrize("id", ["sql", "base:sql", "sql:0.5", "banking:0.5+sql:0.5"])
+def test_no_key_runs_the_others_workflows_or_finds_their_models(pair, id):
+    mine, _ = pair
+    asked = {"workflow_id": id, "input": {"prompt": SQL}}
+    for more in ({}, {"stream": True}, {"wait_for_completion": False}):
+        assert mine.post("/api/workflows/runs", json=asked | more).status_code == 404
+    assert mine.get(f"/api/workflows/{id}/schema").status_code == 404
+    assert mine.get(f"/v1/models/{id}").status_code == 404
+
+
+def test_no_key_lists_the_others_adapters(pair):
+    mine, other = pair
+    for path in ("/v1/models", "/api/workflows"):
+        assert "banking" in mine.get(path).text
+        assert "sql" not in mine.get(path).text
+    for path in ("/metrics", "/lora-adapters", "/v1/adapters", "/v1/adapters/banking"):
+        assert mine.get(path).status_code == 403
+    refused = say(mine, SQL, "sqll").json()["error"]["message"]
+    assert "sql" not in refused.replace("sqll", "")  # no hint either
+    for own, known in ((mine, "banking"), (other, "sql")):
+        assert known in say(own, SQL, "nobody").json()["error"]["message"]
+
+
+@pytest.mark.parametrize("text", [SQL, f"{BANKING}. {SQL}"])
+def test_no_key_is_routed_to_the_others_adapters(pair, text):
+    mine, _ = pair
+    routed = mine.post("/v1/route", json={"text": text}).json()
+    assert "sql" not in str(routed)
+    assert sum(routed["scores"].values()) + routed["none"] == pytest.approx(1)
+    for answer in (
+        say(mine, text, "auto").json(),
+        say(mine, text).json(),  # auto, too
+        mine.post("/api/workflows/runs", json={"input": {"prompt": text}}).json()["output"],
+    ):
+        assert "sql" not in str(answer["loramix"]).replace(text, "")
+        assert answer["loramix"]["mix"] == routed["mix"]
+
+
+def test_a_task_and_a_conversation_are_their_makers(pair):
+    mine, other = pair
+    asked = {"workflow_id": "sql", "input": {"prompt": SQL}}
+    task = other.post("/api/workflows/runs", json=asked).json()["task_id"]
+    talk = other.post("/v1/conversations", json={}).json()["id"]
+    assert mine.get(f"/api/tasks/{task}").status_code == 404
+    assert mine.post(f"/api/tasks/{task}/cancel").status_code == 404
+    own = {"workflow_id": "banking", "input": {"prompt": SQL}, "session_id": talk}
+    assert mine.post("/api/workflows/runs", json=own).status_code == 404
+
+
+def a_decision(mix, scores, none=0.0):
+    return Decision(Mix.parse(mix), scores, none, ("near 0.9 sql: list",), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("mix", "scores", "left", "says"),
+    [
+        ("banking", {"banking": 0.7, "sql": 0.2}, "banking", "banking: what fits of"),
+        ("banking:0.45+sql:0.55", {"banking": 0.4, "sql": 0.5}, "banking", "banking: what"),
+        ("banking:0.6+sql:0.9", {"banking": 1.0, "sql": 1.0}, "banking:0.6", "banking:0.6"),
+        ("banking:-0.5+sql:1.5", {"banking": 1.0, "sql": 1.0}, "banking:-0.5", "banking:-0.5"),
+        ("sql", {"banking": 0.1, "sql": 0.8}, "base", "base: nothing fits of the adapters on"),
+        ("base", {"banking": 0.1, "sql": 0.1}, "base", "base: nothing fits"),
+    ],
+)
+def test_auto_is_decided_as_if_there_were_only_ones_own(
+    pair, lm, monkeypatch, mix, scores, left, says
+):
+    made = a_decision(mix, scores, 1 - sum(scores.values()))
+    monkeypatch.setattr(lm, "route", lambda messages: made)
+    routed = pair[0].post("/v1/route", json={"text": SQL}).json()
+    assert (routed["mix"], routed["scores"]) == (left, {"banking": scores["banking"]})
+    assert routed["none"] == pytest.approx(1 - scores["banking"])
+    [reason] = routed["reasons"]
+    assert reason.startswith(says)
+    assert "sql" not in str(routed)
+
+
+@pytest.mark.parametrize(("score", "none"), [(float("nan"), 0.1), (0.5, float("nan"))])
+def test_a_router_that_gives_no_numbers_has_failed(front, lm, monkeypatch, score, none):
+    made = a_decision("sql", {"sql": score}, none)
+    monkeypatch.setattr(lm, "route", lambda messages: made)
+    got = front.chat(model="auto")
+    assert (got.status_code, "no number" in got.text) == (503, True)
 
 
 def test_the_same_prompt_never_comes_from_the_others_cache(shop, store):

@@ -3,31 +3,14 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
-from contextlib import contextmanager
 
 import httpx
 import pytest
 
 from loramix.cli import main
+from tests.serve.front import served
 
 ASKED = {"messages": [{"role": "user", "content": "my card was stolen"}], "temperature": 0}
-
-
-@contextmanager
-def served(*words):
-    command = [sys.executable, "-m", "loramix", "serve", "--port", "0", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        assert "loramix serves pocket at http://127.0.0.1:" in line, process.stderr.read()
-        yield process, line.split()[-1]
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
 
 
 def test_it_answers_and_ends_well_and_starts_again(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence, Set
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -71,17 +72,28 @@ async def routed(service: Service, caller: Caller, query: Sequence[Message]) -> 
         raise RouterFailed(
             f"The router failed with {error!r}; name a mix instead, or try again later."
         ) from error
+    if not all(map(math.isfinite, (*decision.scores.values(), decision.none))):
+        raise RouterFailed("The router failed: it gave no number as a probability; name a mix.")
     return _within(decision, set(caller.names(service)))
 
 
 def _within(decision: Decision, names: Set[str]) -> Decision:
-    """The decision without what it says of adapters that are not on offer."""
+    """The decision as if there were only the adapters on offer.
+
+    Of a mix of shares, which sum to one, those that are left do so again. What belongs to another
+    adapter belongs to none here, so nobody learns what others have.
+    """
     if names >= decision.scores.keys():
         return decision
     scores = {name: score for name, score in decision.scores.items() if name in names}
-    mix = Mix({name: weight for name, weight in decision.mix.items() if name in names})
-    reasons = ("Only adapters on offer to this key were considered.",)
-    return Decision(mix, scores, decision.none, reasons, decision.latency_ms)
+    left = Mix({name: weight for name, weight in decision.mix.items() if name in names})
+    weights = decision.mix.values()
+    if left and min(weights) > 0 and math.isclose(sum(weights), 1, abs_tol=1e-3):
+        left *= 1 / sum(left.values())
+    reason = f"{left}: what fits" if left else "base: nothing fits"
+    reasons = (f"{reason} of the adapters on offer to this key",)
+    none = max(0.0, 1 - sum(scores.values()))
+    return Decision(left, scores, none, reasons, decision.latency_ms)
 
 
 async def answers(service: Service, trip: Trip, plans: Sequence[Plan]) -> AsyncGenerator[Numbered]:
