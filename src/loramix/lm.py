@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import unicodedata
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 POCKET = Path(__file__).with_name("pocket")  # as in base.py, which loads torch
 POCKET_LIBRARY = POCKET / "library"
 ROUTER = "_router"  # the subfolder of a library that holds its router
+
+# Control characters but tabs and line breaks, and halves of characters (lone surrogates).
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Prompt = str | Sequence[Message]
 
@@ -308,12 +311,11 @@ def _no_router(library: Library) -> RouteError:
 def _check_text(text: str) -> None:
     if not text.strip():
         raise BadRequest("The text is empty; expected a question or an instruction.")
-    for position, char in enumerate(text):
-        if unicodedata.category(char) in {"Cc", "Cs"} and char not in "\t\n\r":
-            raise BadRequest(
-                f"The text holds the control character U+{ord(char):04X} at position {position}; "
-                f"remove it (tabs and line breaks are fine)."
-            )
+    if found := _CONTROLS.search(text):
+        raise BadRequest(
+            f"The text holds the control character U+{ord(found[0]):04X} at position "
+            f"{found.start()}; remove it (tabs and line breaks are fine)."
+        )
 
 
 def _in_step(chunks: AsyncIterator[Chunk]) -> Iterator[Chunk]:

@@ -311,6 +311,32 @@ def test_a_full_queue_is_busy_and_recovers(base):
         assert engine.generate([greedy("the", max_tokens=2)])[0].num_tokens == 2
 
 
+@pytest.mark.parametrize(
+    ("request_", "is_aside"),
+    [
+        (greedy("the cat"), False),
+        (greedy("the " * 2000), True),
+        (greedy((3,) * 5000), True),
+        (greedy((Message("user", "the " * 2000),)), True),
+        (greedy("the cat", schema='{"type": "null"}'), True),
+    ],
+)
+def test_what_takes_long_to_read_does_not_hold_up_the_event_loop(
+    engine, monkeypatch, request_, is_aside
+):
+    readers = []
+    write = engine._written
+
+    def written(*arguments):
+        readers.append(threading.current_thread())
+        return write(*arguments)
+
+    monkeypatch.setattr(engine, "_written", written)
+    with contextlib.suppress(TooLong):
+        asyncio.run(texts(engine, request_))
+    assert [reader is not threading.main_thread() for reader in readers] == [is_aside]
+
+
 def test_closing_a_stream_frees_its_request_at_once(engine, base):
     async def leave():
         stream = engine.stream(greedy("the", Mix({"a": 1}), max_tokens=50))

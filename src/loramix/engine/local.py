@@ -36,6 +36,7 @@ from loramix.errors import BadRequest, Busy, EngineError, TooLong, UnknownAdapte
 from loramix.library import Library
 
 GIB = 1 << 30
+LONG = 4096  # characters or tokens of a prompt that takes more than a millisecond to read
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +220,9 @@ class LocalEngine:
         send = partial(self._outboxes.here().put, events.put_nowait)
         if request.n > self._max_queue:
             raise BadRequest(f"n is {request.n}, but at most {self._max_queue} may wait at once.")
-        jobs = [job for job, _ in self._written(request, send)]
+        write = partial(self._written, request, send)
+        written = await asyncio.to_thread(write) if _is_slow(request) else write()
+        jobs = [job for job, _ in written]
         await self._loaded.read(request.mix)
         ready: list[Task] = []
         tasks: list[Task] = []
@@ -401,6 +404,14 @@ class LocalEngine:
                 f"of keys and values, but the engine has {budget:,}; shorten the prompt, lower "
                 f"max_tokens, or open the engine with more kv_bytes."
             )
+
+
+def _is_slow(request: Request) -> bool:
+    """Whether reading it takes milliseconds, in which an event loop should go on."""
+    prompt = request.prompt
+    if len(prompt) > LONG or request.sampling.schema is not None:
+        return True
+    return sum(len(part.content) for part in prompt if isinstance(part, Message)) > LONG
 
 
 def _require_characters(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Literal
 
 from fastapi import APIRouter, Response
@@ -65,7 +66,10 @@ async def complete(
     n = asked.count
     _few(n * len(prompts), service)
     engine = service.lm.engine
-    texts = [text if isinstance(text, str) else _read(text, service) for text in prompts]
+    texts = [
+        text if isinstance(text, str) else await asyncio.to_thread(_read, text, service)
+        for text in prompts
+    ]
     mix = named_mix(asked, service, caller)
     plans = [
         await planned(
