@@ -1,17 +1,20 @@
-"""The server under load: streaming clients, each with a mix of its own, on pocket.
+"""The server under load: streaming clients, each with a mix of its own.
 
     python benchmarks/server.py [--quick] [--json FILE] [--clients 64] [--seconds 180]
 
-A server in a process of its own; the clients are bare sockets in this one. Every answer is compared
-with the engine's own answer to the same request, computed here beforehand (greedy, float32); one
-that differs counts unless the two likeliest tokens were within 1e-4 nats where it first does. The
-CPU of the thread that serves HTTP is read from /proc (Linux), so it holds no matrix product.
+Servers in processes of their own; the clients are bare sockets in this one. On pocket every answer
+is compared with the engine's own answer to the same request, computed here beforehand (greedy,
+float32); one that differs counts unless the two likeliest tokens were within 1e-4 nats where it
+first does. Then eight clients of a random model of Qwen3-0.6B's shape: there the model sets the
+pace. The CPU of the thread that serves HTTP is read from /proc (Linux), so it holds no matrix
+product. Memory is looked at after a minute of the same load, when the allocator has settled.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -19,30 +22,34 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import loramix
 from loramix.chat import Message
 from loramix.engine import Answer, Request, Sampling
+from loramix.engine.local import LocalEngine
+from loramix.library import Library
 from loramix.lm import LM
 from loramix.mix import Mix
-
-SERVE = """
-import sys
-import loramix
 from loramix.serve.app import server
 from loramix.serve.service import Service
-with loramix.open("pocket") as lm:
-    server(Service(lm), port=int(sys.argv[1])).run()
-"""
+
 TOKENS = 48  # an answer's, at most
 PROMPTS = 4  # of each client, in turns
 CLOSE = 1e-4  # nats between two tokens that rounding may exchange
+WARM_S = 60  # until the allocator has settled
+FLAT_MIB = 32
+SHAPE_CLIENTS, SHAPE_S = 8, 60
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -62,7 +69,7 @@ class Seen:
 class Question:
     mix: str
     text: str
-    answer: Answer  # offline
+    answer: Answer | None = None  # offline, to compare with
 
     @property
     def body(self) -> bytes:
@@ -93,6 +100,27 @@ def questions(lm: LM, clients: int) -> list[list[Question]]:
         Question(str(mix), text, answer) for (mix, text), answer in zip(asked, answers, strict=True)
     ]
     return [made[i * PROMPTS : (i + 1) * PROMPTS] for i in range(clients)]
+
+
+@dataclass(frozen=True)
+class Figure:
+    work: str
+    name: str
+    value: float
+    unit: str
+    target: float | None = None
+    better: str = "lower"
+
+    def __str__(self) -> str:
+        aim = "" if self.target is None else f"   (target {self.target:g})"
+        return f"{self.work}: {self.name:44} {self.value:10.1f} {self.unit}{aim}"
+
+    @property
+    def row(self) -> dict[str, object]:
+        return {
+            "work": f"{self.work}: {self.name}", "figure": self.value, "unit": self.unit,
+            "peer": None, "target": self.target, "better": self.better,
+        }  # fmt: skip
 
 
 async def client(port: int, mine: Iterable[Question], end: float, seen: Seen) -> None:
@@ -139,8 +167,9 @@ async def ask(
     await reader.readline()
     seen.num_answers += 1
     seen.first_s.append(first)
-    if text != question.answer.text and not is_close(question.answer, text):
-        seen.differing.append(f"{question.mix}: {text!r}, not {question.answer.text!r}")
+    wanted = question.answer
+    if wanted and text != wanted.text and not is_close(wanted, text):
+        seen.differing.append(f"{question.mix}: {text!r}, not {wanted.text!r}")
 
 
 def is_close(answer: Answer, text: str) -> bool:
@@ -173,15 +202,54 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def started(port: int) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-c", SERVE, str(port)])
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1).read()
-            return process
-        except OSError:
+def serve_pocket(port: int) -> None:
+    with loramix.open("pocket") as lm:
+        server(Service(lm), port=port).run()
+
+
+def serve_shape(port: int) -> None:
+    """Random weights of Qwen3-0.6B's shape; every token is a word, so each is an event."""
+    from material import base_of, random_adapter, random_model
+
+    model = random_model()
+    base = replace(base_of(model), tokenizer=_wordy(model.config.vocab_size))
+    with tempfile.TemporaryDirectory() as folder:
+        library = Library(folder)
+        for seed, name in enumerate(("a", "b")):
+            library.put(random_adapter(model, name, seed))
+        with LM(LocalEngine(base, library=library, kv_bytes=1 << 29), library) as lm:
+            server(Service(lm), port=port).run()
+
+
+def _wordy(size: int) -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(f"w{i}" for i in range(len(letters), size))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+SERVERS: dict[str, Callable[[int], None]] = {"pocket": serve_pocket, "shape": serve_shape}
+
+
+@contextmanager
+def started(what: str) -> Iterator[tuple[int, int]]:
+    """A server in a process of its own: its process id and its port."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, __file__, "--serve", what, "--port", str(port)])
+    try:
+        for _ in range(1200):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1).read()
+                break
             time.sleep(0.1)
-    raise SystemExit("The server did not start.")
+        else:
+            raise SystemExit("The server did not start.")
+        yield process.pid, port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
 
 
 def free_port() -> int:
@@ -190,58 +258,80 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def measured(
+    pid: int, port: int, asked: Sequence[Sequence[Question]], warm_s: float, seconds: float
+) -> tuple[Seen, float, float, float]:
+    """What the clients saw, how long it took, the CPU s of HTTP meanwhile, the MiB it grew by."""
+    asyncio.run(load(port, asked, 600.0))  # every question once: caches are as full as they get
+    asyncio.run(load(port, [cycle(mine) for mine in asked], warm_s))
+    memory, cpu, begun = rss_mib(pid), cpu_s(pid, pid), time.monotonic()
+    seen = asyncio.run(load(port, [cycle(mine) for mine in asked], seconds))
+    wall = time.monotonic() - begun
+    return seen, wall, cpu_s(pid, pid) - cpu, rss_mib(pid) - memory
+
+
+def on_pocket(clients: int, warm_s: float, seconds: float) -> list[Figure]:
+    with loramix.open("pocket") as lm:
+        asked = questions(lm, clients)
+    with started("pocket") as (pid, port):
+        seen, wall, cpu, grown = measured(pid, port, asked, warm_s, seconds)
+    for line in [*seen.errors, *seen.differing][:5]:
+        print("  ", line)
+    work = f"{clients} streams"
+    return [
+        Figure(work, "answers", seen.num_answers, "", better="higher"),
+        Figure(work, "errors", len(seen.errors), "", 0),
+        Figure(work, "answers that differ from the engine's own", len(seen.differing), "", 0),
+        Figure(work, "time to first token, p50", 1000 * quantile(seen.first_s, 0.5), "ms"),
+        Figure(work, "time to first token, p99", 1000 * quantile(seen.first_s, 0.99), "ms"),
+        Figure(work, "tokens", seen.num_tokens / wall, "1/s", better="higher"),
+        Figure(work, "events", seen.num_events / wall, "1/s", better="higher"),
+        Figure(work, "CPU of HTTP per event", 1e6 * cpu / max(1, seen.num_events), "us", 150),
+        Figure(work, "memory grown after the warm-up", grown, "MiB", FLAT_MIB),
+    ]
+
+
+def at_shape(warm_s: float, seconds: float) -> list[Figure]:
+    mixes = [Mix({"a": (i + 1) / 8, "b": 1 - i / 8}) for i in range(SHAPE_CLIENTS)]
+    asked = [[Question(str(mix), f"Question {i}, please.")] for i, mix in enumerate(mixes)]
+    with started("shape") as (pid, port):
+        seen, wall, cpu, _ = measured(pid, port, asked, warm_s, seconds)
+    for line in seen.errors[:5]:
+        print("  ", line)
+    work = f"{SHAPE_CLIENTS} streams at the 0.6B shape"
+    return [
+        Figure(work, "errors", len(seen.errors), "", 0),
+        Figure(work, "events", seen.num_events / wall, "1/s", better="higher"),
+        Figure(work, "CPU of HTTP, of the time", 100 * cpu / wall, "%", 3),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--quick", action="store_true", help="a ninth of the time, after the same warm-up"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--only", choices=SERVERS)
+    parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    seconds = 20.0 if options.quick else options.seconds
-    with loramix.open("pocket") as lm:
-        asked = questions(lm, options.clients)
-    port = free_port()
-    process = started(port)
-    try:
-        asyncio.run(load(port, asked, 600.0))  # every question once: caches are as full as they get
-        memory, cpu, begun = rss_mib(process.pid), cpu_s(process.pid, process.pid), time.monotonic()
-        seen = asyncio.run(load(port, [cycle(mine) for mine in asked], seconds))
-        wall = time.monotonic() - begun
-        cpu = cpu_s(process.pid, process.pid) - cpu
-        grown = rss_mib(process.pid) - memory
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
-    report(seen, wall, cpu, grown, options.clients, options.json)
-
-
-def report(
-    seen: Seen, wall: float, cpu: float, grown: float, clients: int, file: Path | None
-) -> None:
-    figures = [
-        ("answers", seen.num_answers, "", None, "higher"),
-        ("errors", len(seen.errors), "", 0, "lower"),
-        ("answers that differ from the engine's own", len(seen.differing), "", 0, "lower"),
-        ("time to first token, p50", 1000 * quantile(seen.first_s, 0.5), "ms", None, "lower"),
-        ("time to first token, p99", 1000 * quantile(seen.first_s, 0.99), "ms", None, "lower"),
-        ("tokens", seen.num_tokens / wall, "1/s", None, "higher"),
-        ("events", seen.num_events / wall, "1/s", None, "higher"),
-        ("CPU of HTTP per event", 1e6 * cpu / max(1, seen.num_events), "us", 150, "lower"),
-        ("memory grown", grown, "MiB", None, "lower"),
-    ]
-    print(f"{clients} clients with a mix each, {wall:.0f} s")
-    for name, value, unit, target, _ in figures:
-        aim = "" if target is None else f"   (target {target})"
-        print(f"  {name:44} {value:10.1f} {unit}{aim}")
-    for line in [*seen.errors, *seen.differing][:5]:
-        print("  ", line)
-    if file:
-        rows = [
-            {"work": f"{clients} streams: {name}", "figure": value, "unit": unit, "peer": None,
-             "target": target, "better": better}
-            for name, value, unit, target, better in figures
-        ]  # fmt: skip
-        file.write_text(json.dumps({"rows": rows}, indent=1))
+    if options.serve:
+        SERVERS[options.serve](options.port)
+        return
+    share = 1 / 9 if options.quick else 1
+    figures: list[Figure] = []
+    if options.only != "shape":
+        figures += on_pocket(options.clients, WARM_S, options.seconds * share)
+    if options.only != "pocket":
+        figures += at_shape(0, SHAPE_S * share)
+    for figure in figures:
+        print(figure)
+    if options.json:
+        rows = [figure.row for figure in figures]
+        options.json.write_text(json.dumps({"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
