@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ class Stored:
     def rows(self, start: int, stop: int) -> Tensor:
         """Some rows as they are stored, [N, D]."""
         out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
-        with self.file.open("rb", buffering=0) as stream:
-            read_into(stream, out, self.offset + start * self.row_bytes)
+        with self.file.open("rb") as stream:
+            read_into(stream.fileno(), out, self.offset + start * self.row_bytes)
         return out
 
 
@@ -124,16 +124,19 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return found
 
 
-def read_into(file: RawIOBase, out: Tensor, offset: int) -> None:
+def read_into(file: int, out: Tensor, offset: int) -> None:
     """Fill a contiguous tensor with the bytes at `offset`; BaseError if the file ends before."""
-    view = out.view(torch.uint8).reshape(-1).numpy().data
-    file.seek(offset)
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
+    room = bytes_of(out)
+    while room:
+        count = os.preadv(file, [room], offset)
         if not count:
             raise BaseError("A file of the base ends early; fetch it again.")
-        done += count
+        room, offset = room[count:], offset + count
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.view(torch.uint8).reshape(-1).numpy().data
 
 
 def _shard(file: Path) -> Shard:

@@ -4,7 +4,7 @@
 
 A merge that was killed is taken up by the same merge started again: what the journal says was
 written is trusted after its bytes gave the same hash again, the rest is written anew. `OUT` appears
-by a rename, when everything is in it.
+by a rename, when everything is in it and on the disk.
 """
 
 from __future__ import annotations
@@ -65,11 +65,28 @@ def staging(out: Path, key: str, *, replace: bool = False) -> Iterator[Staging]:
             journal.flush()
         yield Staging(folder, done or {}, journal)
         (folder / JOURNAL).unlink()
+        settle(folder)
         old = out.parent / f".{out.name}.old-{uuid4().hex[:8]}"
         if out.exists():
             out.rename(old)
         folder.rename(out)
+        _settle(out.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(folder: Path) -> None:
+    """Return when all of a folder's files are on the disk, so that its name never outruns them."""
+    for file in folder.iterdir():
+        _settle(file)
+    _settle(folder)
+
+
+def _settle(place: Path) -> None:
+    opened = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def part_of(out: Path) -> Path:

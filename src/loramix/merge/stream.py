@@ -2,8 +2,8 @@
 
     base files --read ahead--> rows in float32 + sum of updates --rounded--> written and hashed
 
-Memory is a few blocks, whatever the size of the model. Files keep their names, headers and offsets
-(or get new ones, with `shard_bytes`); tensors without an update are copied by the kernel.
+Memory is a block for each core, whatever the size of the model. Files keep their names, headers and
+offsets (or get new ones, with `shard_bytes`); tensors without an update are copied by the kernel.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from loramix.adapter import Adapter
@@ -30,7 +29,7 @@ from loramix.merge.checkpoint import ONE, Checkpoint, Stored, open_checkpoint
 from loramix.merge.files import Layout, copy_rest, kept_layout, new_layout, write_index
 from loramix.merge.fold import check_alike, merged_card, write_recipe
 from loramix.merge.journal import Staging, part_of, sha256_of, staging
-from loramix.merge.pipe import Pipe, write_all
+from loramix.merge.pipe import Written, run, write_all
 from loramix.merge.places import Place, places
 from loramix.merge.recipe import Recipe
 from loramix.merge.registry import Outcome
@@ -76,8 +75,13 @@ def merge_into(
     layout = kept_layout(checkpoint) if shard_bytes is None else new_layout(checkpoint, shard_bytes)
     check_disk(out, layout.size_bytes)
     key = _key(checkpoint, sources, recipe, shard_bytes)
-    with staging(out, key, replace=replace) as aside, torch.inference_mode():
-        fold = Fold(sources, recipe, placed)
+    owners = _owners(placed.values())
+
+    def fold(stored: Stored) -> Fold | None:
+        mine = owners.get(stored.name)
+        return Fold(stored, mine, sources, recipe) if mine else None
+
+    with staging(out, key, replace=replace) as aside:
         resumed = _resumable(aside, layout)
         hashes, worst = _write(aside, layout, fold, resumed)
         copy_rest(checkpoint, aside.folder)
@@ -88,8 +92,7 @@ def merge_into(
         write_recipe(
             aside.folder, recipe, sources, tensors=hashes, base=str(checkpoint.folder.name)
         )
-    folded = {place.stored.name for place in placed.values()}
-    return Into(out, len(folded), len(layout.slots), len(resumed), layout.size_bytes, worst)
+    return Into(out, len(owners), len(layout.slots), len(resumed), layout.size_bytes, worst)
 
 
 def base_folder(base: str) -> Path:
@@ -102,66 +105,64 @@ def base_folder(base: str) -> Path:
 
 
 class Fold:
-    """The merged update of each layer, made when its tensor's turn comes and dropped after it."""
+    """The merged update of the layers of one stored tensor."""
 
     def __init__(
-        self, adapters: Mapping[str, Adapter], recipe: Recipe, placed: Mapping[str, Place]
+        self,
+        stored: Stored,
+        owners: Sequence[Place],
+        adapters: Mapping[str, Adapter],
+        recipe: Recipe,
     ) -> None:
+        self.stored, self.owners = stored, owners
         self.adapters, self.recipe = adapters, recipe
-        self.by_tensor: dict[str, list[Place]] = {}
-        for place in sorted(placed.values(), key=lambda place: place.start):
-            self.by_tensor.setdefault(place.stored.name, []).append(place)
-        self._made: tuple[str, Outcome, View | None] | None = None
+        self._made: tuple[Place, Outcome, View | None] | None = None
 
-    def touches(self, stored: Stored) -> bool:
-        return stored.name in self.by_tensor
-
-    def blocks(self, stored: Stored) -> Iterator[tuple[int, int]]:
+    def blocks(self) -> Iterator[tuple[int, int]]:
         """Rows to fold at a time: as the methods look at them, and never of two layers."""
-        step = max(1, BLOCK // stored.shape[1])
+        step = max(1, BLOCK // self.stored.shape[1])
         end = 0
-        for place in self.by_tensor[stored.name]:
+        for place in self.owners:
             if place.transposed:
-                step = stored.shape[0]
+                step = self.stored.shape[0]
             yield from _steps(end, place.start, step)
             yield from _steps(place.start, place.stop, step)
             end = place.stop
-        yield from _steps(end, stored.shape[0], step)
+        yield from _steps(end, self.stored.shape[0], step)
 
-    def add(self, stored: Stored, start: int, rows: Tensor) -> None:
+    def add(self, start: int, rows: Tensor) -> None:
         """Add the merged update to rows [N, D] of the base in float32, in place."""
-        place = self._place(stored, start)
+        place = self._place(start)
         if place is None:
             return
         outcome, view = self._outcome(place)
         _add(rows.T if place.transposed else rows, start - place.start, outcome, view)
 
-    def exact(self, stored: Stored, start: int, rows: Tensor) -> Tensor | None:
-        """The first two rows of a block once more, in float64; None where there are no factors."""
-        place = self._place(stored, start)
-        outcome, _ = self._outcome(place) if place else (None, None)
+    def exact(self, start: int, rows: Tensor) -> Tensor | None:
+        """Rows of the base with the update, in float64; None where there are no factors."""
+        place = self._place(start)
         if place is None:
             return rows.double()
+        outcome, _ = self._outcome(place)
         if not isinstance(outcome, Pair) or outcome.magnitude is not None:
             return None
         at = slice(start - place.start, start - place.start + len(rows))
         a, b = outcome.a.double(), outcome.b.double()
         return rows.double() + (a[:, at].T @ b.T if place.transposed else b[at] @ a)
 
-    def _place(self, stored: Stored, start: int) -> Place | None:
+    def _place(self, start: int) -> Place | None:
         """Of the layer that owns a row."""
-        here = (p for p in self.by_tensor[stored.name] if p.start <= start < p.stop)
-        return next(here, None)
+        return next((place for place in self.owners if place.start <= start < place.stop), None)
 
     def _outcome(self, place: Place) -> tuple[Outcome, View | None]:
         """The merged update of a layer, and its view if it comes by rows; kept until the next."""
-        if self._made is None or self._made[0] != place.layer:
+        if self._made is None or self._made[0] is not place:
             updates = self.recipe.updates(
                 place.layer, self.adapters, lambda i, j: _base(place, i, j)
             )
             outcome = self.recipe.merged(updates)
             view = None if isinstance(outcome, Pair) else updates.view()
-            self._made = place.layer, outcome, view
+            self._made = place, outcome, view
         return self._made[1], self._made[2]
 
 
@@ -179,9 +180,19 @@ def check_disk(out: Path, size_bytes: int) -> None:
 
 
 def _write(
-    aside: Staging, layout: Layout, fold: Fold, resumed: Mapping[str, str]
+    aside: Staging,
+    layout: Layout,
+    fold: Callable[[Stored], Fold | None],
+    resumed: Mapping[str, str],
 ) -> tuple[dict[str, str], float]:
     """Every tensor's bytes: their hashes by name, and the largest error of a row read back."""
+    hashes, worst = dict(resumed), 0.0
+
+    def done(written: Written) -> None:
+        nonlocal worst
+        hashes[written.name], worst = written.sha256, max(worst, written.worst)
+        aside.record(written.name, written.sha256)
+
     with ExitStack() as files:
         opened: dict[str, int] = {}
         for name, header in layout.headers.items():
@@ -190,10 +201,8 @@ def _write(
             os.ftruncate(file, layout.size_of(name))
             write_all(file, memoryview(header), 0)
         todo = [slot for slot in layout.slots if slot.stored.name not in resumed]
-        pipe = files.enter_context(Pipe(aside, fold, opened))
-        pipe.run(todo)
-        hashes = dict(resumed) | pipe.hashes
-        return {slot.stored.name: hashes[slot.stored.name] for slot in layout.slots}, pipe.worst
+        run(todo, opened, fold, done)
+    return {slot.stored.name: hashes[slot.stored.name] for slot in layout.slots}, worst
 
 
 def _add(rows: Tensor, start: int, outcome: Outcome, view: View | None) -> None:
@@ -214,6 +223,14 @@ def _base(place: Place, start: int, stop: int) -> Tensor:
     if place.transposed:
         return place.stored.rows(0, place.stored.shape[0]).T[start:stop].float()
     return place.stored.rows(place.start + start, place.start + stop).float()
+
+
+def _owners(placed: Iterable[Place]) -> dict[str, list[Place]]:
+    """The layers that own rows of each stored tensor, in order."""
+    found: dict[str, list[Place]] = {}
+    for place in sorted(placed, key=lambda place: place.start):
+        found.setdefault(place.stored.name, []).append(place)
+    return found
 
 
 def _resumable(aside: Staging, layout: Layout) -> dict[str, str]:
