@@ -18,6 +18,14 @@ from tests.formats.layouts import factors, folder
 from tests.tiny import random_adapter, tiny_base
 
 
+@pytest.mark.parametrize("name", ["sql", "", ".", "..", "_router", ".sql", "a/sql", "../sql", "no"])
+def test_a_name_is_in_a_library_as_its_names_say(tmp_path, name):
+    for place in ("sql", "_router", ".sql", "a/sql"):
+        (tmp_path / "library" / place).mkdir(parents=True)
+    library = Library(tmp_path / "library")
+    assert (name in library) == (name in library.names()) == (name == "sql")
+
+
 @pytest.fixture
 def library(tmp_path):
     """A library of one adapter, `sql`."""

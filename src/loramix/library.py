@@ -55,6 +55,11 @@ class Library:
         inside = (child.name for child in self.folder.iterdir() if child.is_dir())
         return sorted(name for name in inside if not name.startswith(("_", ".")))
 
+    def __contains__(self, name: str) -> bool:
+        """Whether an adapter is there, found without looking at the others."""
+        is_plain = name == Path(name).name != "" and not name.startswith(("_", "."))
+        return is_plain and (self.folder / name).is_dir()
+
     def cards(self) -> list[Card]:
         """The cards of all adapters that are whole; `damaged` tells of the rest."""
         return [card for card in map(self._card, self.names()) if isinstance(card, Card)]

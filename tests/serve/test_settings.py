@@ -1,6 +1,7 @@
 """`loramix.yaml`: overlays, variables, and a sentence for every mistake."""
 
 import re
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,16 @@ from loramix.serve.settings import (
     AdapterSettings,
     BaseSettings,
     EngineSettings,
+    KeySettings,
     LimitSettings,
     RouterSettings,
     Settings,
     load,
 )
+from loramix.store.keys import new_secret
 from tests.tiny import random_adapter, tiny_base
 
+SECRET = new_secret()
 ROOT = Path(__file__).parents[2]
 DOCUMENT, EXAMPLE = ROOT / "docs" / "server.md", ROOT / "examples" / "loramix.yaml"
 
@@ -127,6 +131,12 @@ BAD = {
     "adapters: [a]": r"adapters.0: .*",
     "adapters: [{model: a/b}]": r"adapters.0.name is missing",
     "adapters:\n- name: a\n- name: b\n  wight: 1": r"yaml:4: adapters.1.wight .* mean 'weight'\?",
+    "keys: [{name: ada}]": r"keys.0.secret is missing",
+    "keys: [{name: ada, secret: hush-hush}]": r"keys.0.secret: expected what `loramix keys secret`",
+    "keys: [{name: ada, secret: 8151}]": r"keys.0.secret: input should be a valid string\.",
+    f"keys: [{{name: a, secret: {SECRET}, role: root}}]": r"keys.0.role: .* not 'root'",
+    f"keys: [{{name: a, secret: {SECRET}, requests_per_minute: 0}}]": r"keys.0.requests_per_minute",
+    f"keys: [{', '.join([f'{{name: a, secret: {SECRET}}}'] * 2)}]": r"two keys are called 'a'",
     "adapters: [{name: a}, {name: a}]": r"two adapters are called 'a'",
     "adapters: [{name: 'a+b'}]": r"adapters.0.name: ",
     "adapters: [{name: a, weight: .nan}]": r"adapters.0.weight: .* finite",
@@ -155,6 +165,8 @@ def test_each_mistake_has_its_sentence(written, text):
     with pytest.raises(SettingsError) as failure:
         load([written(text)])
     assert re.search(BAD[text], str(failure.value)), str(failure.value)
+    for secret in (SECRET, "hush-hush", "8151"):
+        assert secret not in str(failure.value)
     assert "\n" not in str(failure.value)
 
 
@@ -190,6 +202,10 @@ def test_every_mistake_is_named_at_once(written):
         ("default_mix: auto\nrouter: none", "needs the router that router: none leaves out"),
         ("library: {0}\ndefault_mix: 'a:0.5++'", "default_mix: "),
         ("library: {0}\ndefault_mix: lost", "default_mix: No adapter 'lost'"),
+        (
+            f"keys: [{{{{name: a, secret: {SECRET}, adapters: [nobody]}}}}]",
+            "keys: No adapter 'nobody'",
+        ),
         ("library: {0}\nroots: [./lost]", "roots: ./lost is no folder"),
     ],
 )
@@ -209,17 +225,21 @@ def test_a_service_is_what_the_settings_say(tmp_path):
         f"base: {base}\nlibrary: {tmp_path / 'library'}\nroots: [{tmp_path}]\n"
         f"adapters:\n- {{name: a, model: {tmp_path / 'given'}, weight: 0.5, precision: bfloat16,\n"
         f"   system_prompt: Be kind.}}\n"
+        f"keys: [{{name: ada, secret: {SECRET}, adapters: [a], requests_per_minute: 9}}]\n"
         "engine: {max_batch: 3}\nlimits: {n: 2}\ncors: ['http://page']\n"
     )
-    service = open_service(load([tmp_path / "s.yaml"]))
-    with service.lm:
+    with closing(open_service(load([tmp_path / "s.yaml"]))) as service:
+        key = service.store.keys.find(SECRET)
+        assert (key.name, key.role, key.adapters, key.requests_per_minute) == (
+            "ada", "user", ("a",), 9,
+        )  # fmt: skip
         assert isinstance(service.lm.engine, LocalEngine)
         assert service.lm.engine.adapters == ("a",)
         assert (service.default_mix, service.limits.n) == ("a:0.5", 2)
         assert (service.cors, service.roots) == (("http://page",), (tmp_path,))
         assert service.system_prompts == {"a": "Be kind."}
     again = load([tmp_path / "s.yaml"])
-    open_service(again).lm.close()  # the same content is there already
+    open_service(again).close()  # the same content is there already
     other = random_adapter(model, "a", seed=2)
     Library(tmp_path / "library").put(other, replace=True)
     with pytest.raises(LoramixError, match="another adapter called 'a' than"):
@@ -246,6 +266,7 @@ def test_the_document_names_every_setting():
         "adapters": AdapterSettings,
         "engine": EngineSettings,
         "limits": LimitSettings,
+        "keys": KeySettings,
         "router": RouterSettings,
     }
     for name in Settings.model_fields:

@@ -12,6 +12,7 @@ from alembic.migration import MigrationContext
 from loramix.errors import BadRequest, Conflict, NoRecord, StoreError, Unstorable
 from loramix.store import Store, tables
 from loramix.store.database import Database
+from loramix.store.keys import new_secret
 from loramix.store.records import Turn
 
 NOBODY = ("",)
@@ -96,6 +97,44 @@ def test_only_the_secret_opens(store):
     for no in (wrong, secret[:-1], secret + "A", secret.replace(key.id, other.id), "", "lmx-", "é"):
         assert store.keys.find(no) is None
     assert store.keys.list() == [key, other]
+
+
+def test_a_secret_from_elsewhere_opens_and_replaces_the_key_of_its_name(store):
+    one, two = new_secret(), new_secret()
+    first = store.keys.put("ada", one, adapters=["sql"])
+    assert store.keys.find(one) == first
+    again = store.keys.put(
+        "ada", one, role="admin", requests_per_minute=3
+    )  # what it may has changed
+    assert again.id == first.id
+    assert store.keys.find(one) == again
+    store.keys.put("ada", two)
+    assert store.keys.find(one) is None
+    assert [key.name for key in store.keys.list()] == ["ada"]
+    store.keys.put("bob", two)  # another name for it
+    assert store.keys.find(two).name == "bob"
+    assert [key.name for key in store.keys.list()] == ["bob"]
+    with pytest.raises(BadRequest, match="not of the form") as error:
+        store.keys.put("eve", "guess-me")
+    assert "guess-me" not in str(error.value)
+
+
+def test_servers_that_begin_together_may_put_the_same_key(store):
+    secret, errors = new_secret(), []
+
+    def put():
+        try:
+            store.keys.put("ada", secret)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=put) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert store.keys.find(secret).name == "ada"
 
 
 def test_no_secret_lies_in_the_database(store):

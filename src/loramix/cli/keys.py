@@ -48,6 +48,14 @@ def add(
     typer.echo("Keep it now: it cannot be shown again.", err=True)
 
 
+@keys.command()
+def secret() -> None:
+    """Print a new secret for the keys of a settings file; nothing of it is kept."""
+    from loramix.store.keys import new_secret
+
+    typer.echo(new_secret())
+
+
 @keys.command("list")
 def list_(database: Database = None, as_json: Json = False) -> None:
     """List the keys, without their secrets."""

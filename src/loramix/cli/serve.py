@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +53,7 @@ def serve(
         from loramix.serve.logs import log_to
 
         service = _opened(settings, insecure=insecure)
-        with service.lm:
+        with closing(service):
             log_to(Path(settings.log_file) if settings.log_file else None)
             host, port = door.getsockname()[:2]
             place = f"[{host}]" if ":" in host else host
@@ -141,7 +142,7 @@ def _require_loopback(settings: Settings) -> None:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_loopback = False
-    if is_loopback:
+    if is_loopback or settings.keys:
         return
     with Store.open(settings.database or own_database()) as store:
         if store.keys.is_empty():
@@ -189,7 +190,7 @@ def _in_process(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post("/v1/chat/completions", json=request, timeout=None)
 
-    with service.lm:
+    with closing(service):
         return _answer(asyncio.run(ask()))
 
 

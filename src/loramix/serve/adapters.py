@@ -147,8 +147,9 @@ class CardPatch(Wire):
 @router.get("/v1/adapters")
 async def list_cards(service: Serving) -> AdapterList:
     """All that are whole, and what is wrong with the rest."""
-    cards = [_body(card, service) for card in service.lm.library.cards()]
-    return AdapterList(data=cards, damaged=service.lm.library.damaged())
+    library = service.lm.library
+    cards, damaged = await asyncio.to_thread(lambda: (library.cards(), library.damaged()))
+    return AdapterList(data=[_body(card, service) for card in cards], damaged=damaged)
 
 
 @router.get("/v1/adapters/{name}")

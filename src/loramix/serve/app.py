@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 
@@ -29,6 +30,8 @@ from loramix.serve.failures import (
     on_loramix_error,
 )
 from loramix.serve.service import Service
+
+WORKERS = 64  # threads: some wait for adapters to be read, and keys are looked up meanwhile
 
 
 def create_app(service: Service) -> FastAPI:
@@ -78,6 +81,8 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        workers = ThreadPoolExecutor(WORKERS, "loramix-serve")
+        asyncio.get_running_loop().set_default_executor(workers)
         await asyncio.to_thread(runs.abandon, self._service)
         await super().startup(sockets)
 

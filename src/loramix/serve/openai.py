@@ -119,8 +119,10 @@ async def models(service: Serving, caller: Asking) -> ModelList:
     if service.lm.router is not None:
         listed.append(_model("auto", base, "The router chooses the mix.", service))
     names = caller.names(service)
-    cards = [card for card in service.lm.library.cards() if card.name in names]
-    listed += [_model(card.name, base, card.description, service) for card in cards]
+    cards = await asyncio.to_thread(service.lm.library.cards)
+    listed += [
+        _model(card.name, base, card.description, service) for card in cards if card.name in names
+    ]
     return ModelList(data=listed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,42 +32,42 @@ def open_service(settings: Settings, *, insecure: bool = False) -> Service:
 
     for error in _problems(settings):
         raise error
-    store = Store.open(settings.database or lm.own_database())
     shelf, base = settings.shelf, settings.model
-    for adapter in settings.all_adapters:
-        _bring_in(adapter, shelf)
-    opened = lm.open(
-        base.model,
-        shelf.folder,
-        dtype=base.dtype,
-        device=base.device,
-        revision=base.revision,
-        quantize=base.quantize,
-        router=settings.router.opened(),
-        engine=settings.engine.options(),
-    )
-    try:
-        assert isinstance(opened.engine, LocalEngine)
+    with ExitStack() as opened:
+        store = opened.enter_context(Store.open(settings.database or lm.own_database()))
+        for key in settings.keys:
+            store.keys.put(**key.model_dump())
+        for adapter in settings.all_adapters:
+            _bring_in(adapter, shelf)
+        model = opened.enter_context(
+            lm.open(
+                base.model,
+                shelf.folder,
+                dtype=base.dtype,
+                device=base.device,
+                revision=base.revision,
+                quantize=base.quantize,
+                router=settings.router.opened(),
+                engine=settings.engine.options(),
+            )
+        )
+        assert isinstance(model.engine, LocalEngine)
         for adapter in settings.all_adapters:
             if adapter.precision != "auto":
                 precise = _as_precise(shelf.load(adapter.name), adapter.precision)
-                opened.engine.add(precise, aligned=False)
-        return Service(
-            opened,
-            store,
-            insecure=insecure,
-            limits=settings.limits.limits(),
-            roots=tuple(Path(root).resolve() for root in settings.roots),
-            log_prompts=settings.log_prompts,
-            cors=settings.cors,
-            system_prompts={
-                a.name: a.system_prompt for a in settings.all_adapters if a.system_prompt
-            },
-            live=Live(default=settings.mix),
-        )
-    except BaseException:
-        opened.close()
-        raise
+                model.engine.add(precise, aligned=False)
+        opened.pop_all()
+    return Service(
+        model,
+        store,
+        insecure=insecure,
+        limits=settings.limits.limits(),
+        roots=tuple(Path(root).resolve() for root in settings.roots),
+        log_prompts=settings.log_prompts,
+        cors=settings.cors,
+        system_prompts={a.name: a.system_prompt for a in settings.all_adapters if a.system_prompt},
+        live=Live(default=settings.mix),
+    )
 
 
 def _as_precise(adapter: Adapter, precision: str) -> Adapter:
@@ -107,7 +108,8 @@ def _problems(settings: Settings) -> Iterator[LoramixError]:
     for root in settings.roots:
         if not Path(root).is_dir():
             yield SettingsError(f"roots: {root} is no folder.")
-    for name, check in (("default_mix", _check_default), ("router", _check_router)):
+    checks = (("default_mix", _check_default), ("router", _check_router), ("keys", _check_keys))
+    for name, check in checks:
         try:
             check(settings)
         except LoramixError as error:
@@ -145,6 +147,13 @@ def _check_default(settings: Settings) -> None:
 def _check_router(settings: Settings) -> None:
     router, known = settings.router.opened(), _known(settings)
     for name in () if isinstance(router, bool) else router.adapters:
+        if name not in known:
+            raise UnknownAdapter(name, sorted(known))
+
+
+def _check_keys(settings: Settings) -> None:
+    known = _known(settings)
+    for name in (name for key in settings.keys for name in key.adapters or ()):
         if name not in known:
             raise UnknownAdapter(name, sorted(known))
 

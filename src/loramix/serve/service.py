@@ -55,6 +55,12 @@ class Service:
     meter: Meter = field(default_factory=Meter)
     live: Live = field(default_factory=Live)
 
+    def close(self) -> None:
+        """Stop the engine and let go of the database."""
+        self.lm.close()
+        if self.store is not None:
+            self.store.close()
+
     @property
     def kept(self) -> Store:
         """The store; ServeError if there is none."""
@@ -75,6 +81,10 @@ class Service:
         """An adapter's system prompt: what the settings say, else its card."""
         said = self.system_prompts.get(name)
         return self.live.prompts.of(self.lm.library.folder / name) if said is None else said
+
+    def has(self, name: str) -> bool:
+        """Whether an adapter is on offer."""
+        return name not in self.live.hidden and name in self.lm.library
 
     def names(self) -> list[str]:
         """The adapters on offer."""
@@ -107,10 +117,9 @@ class Caller:
 
     def require(self, mix: Mix, service: Service) -> None:
         """UnknownAdapter for what is not there, and for what this caller need not know of."""
-        known = self.names(service)
         for name in mix:
-            if name not in known:
-                raise UnknownAdapter(name, known)
+            if not (service.has(name) and (self.adapters is None or name in self.adapters)):
+                raise UnknownAdapter(name, self.names(service))
 
     def require_admin(self) -> None:
         if not self.is_admin:

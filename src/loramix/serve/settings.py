@@ -150,6 +150,26 @@ class LimitSettings(Section):
         return replace(Limits(), **self.model_dump(exclude_none=True))
 
 
+class KeySettings(Section):
+    """A key that there is from the start on; see `Keys.add`."""
+
+    name: str
+    secret: str  # as `loramix keys secret` prints it
+    role: Literal["user", "admin"] = "user"
+    adapters: tuple[str, ...] | None = Field(None, strict=False)  # that it may use
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+
+    @field_validator("secret")
+    @classmethod
+    def _secret(cls, secret: str) -> str:
+        from loramix.store.keys import is_secret
+
+        if not is_secret(secret):
+            raise ValueError("expected what `loramix keys secret` prints")
+        return secret
+
+
 class Settings(Section):
     """All of `loramix.yaml`."""
 
@@ -165,6 +185,7 @@ class Settings(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0 is any that is free
     roots: tuple[str, ...] = Field((), strict=False)  # folders that adapters may be loaded from
+    keys: tuple[KeySettings, ...] = Field((), strict=False)  # beside those of the database
     cors: tuple[str, ...] = Field((), strict=False)  # origins whose pages may call
     database: str | None = None  # URL; $LORAMIX_DATABASE, or a file of yours
     log_file: str | None = None  # beside stderr; `loramix logs` reads it
@@ -185,9 +206,11 @@ class Settings(Section):
         if self.component and (self.peft_adapters or self.base.model != "pocket"):
             raise ValueError("component names the base and its adapters; leave the others out")
         names = [adapter.name for adapter in self.all_adapters]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two adapters are called {name!r}; rename one")
+        keys = [key.name for key in self.keys]
+        for kind, called in (("adapters", names), ("keys", keys)):
+            for name in called:
+                if called.count(name) > 1:
+                    raise ValueError(f"two {kind} are called {name!r}; rename one")
         return self
 
     @property
@@ -244,7 +267,8 @@ def _sentence(found: overlays.Overlays, problem: Any) -> str:
 
 def _value(problem: Any) -> str:
     given = problem["input"]
-    return f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+    is_told = isinstance(given, (str, int, float, bool)) and "secret" not in problem["loc"]
+    return f", not {given!r}" if is_told else ""
 
 
 def _model_at(place: Sequence[str | int]) -> type[BaseModel]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import re
 import secrets
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,7 +22,7 @@ from loramix.store.records import Key, Role
 
 PREFIX = "lmx"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-_SECRET = re.compile(rf"{PREFIX}-([0-9a-f]{{16}})-([A-Za-z0-9_-]{{43}})")
+_SECRET = re.compile(rf"{PREFIX}-[0-9a-f]{{16}}-[A-Za-z0-9_-]{{43}}")
 
 
 class Keys:
@@ -39,29 +41,35 @@ class Keys:
         tokens_per_minute: int | None = None,
     ) -> tuple[Key, str]:
         """A new key and its secret, `lmx-<id>-<256 random bits>`, which cannot be had again."""
-        _check(name, role, requests_per_minute, tokens_per_minute)
-        id = secrets.token_hex(8)
-        secret = f"{PREFIX}-{id}-{secrets.token_urlsafe(32)}"
-        allowed = None if adapters is None else tuple(sorted(set(adapters)))
-        key = Key(id, name, role, allowed, requests_per_minute, tokens_per_minute, time.time())
-        values = {
-            "id": id,
-            "name": name,
-            "hash": _hash(secret),
-            "role": role,
-            "adapters": None if allowed is None else list(allowed),
-            "requests_per_minute": requests_per_minute,
-            "tokens_per_minute": tokens_per_minute,
-            "created": key.created,
-        }
+        secret = new_secret()
+        key = _made(secret, name, role, adapters, requests_per_minute, tokens_per_minute)
         try:
             with self._database.writing() as connection:
-                connection.execute(sa.insert(tables.keys).values(values))
+                connection.execute(sa.insert(tables.keys).values(_row(key, secret)))
         except IntegrityError:
             raise BadRequest(
                 f"There is a key {name!r} already; choose another name, or remove it first."
             ) from None
         return key, secret
+
+    def put(
+        self,
+        name: str,
+        secret: str,
+        *,
+        role: Role = "user",
+        adapters: Iterable[str] | None = None,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+    ) -> Key:
+        """A key of a secret that there is already; it replaces the one of its name."""
+        key = _made(secret, name, role, adapters, requests_per_minute, tokens_per_minute)
+        other = (tables.keys.c.id == key.id) | (tables.keys.c.name == name)
+        # Where it fails, a server beside this one has just done the same.
+        with contextlib.suppress(IntegrityError), self._database.writing() as connection:
+            connection.execute(sa.delete(tables.keys).where(other))
+            connection.execute(sa.insert(tables.keys).values(_row(key, secret)))
+        return key
 
     def list(self) -> list[Key]:
         with self._database.reading() as connection:
@@ -77,11 +85,10 @@ class Keys:
 
     def find(self, secret: str) -> Key | None:
         """The key of a secret; the time it takes says nothing of the hash."""
-        match = _SECRET.fullmatch(secret)
-        if not match:
+        if not is_secret(secret):
             return None
         with self._database.reading() as connection:
-            query = sa.select(tables.keys).where(tables.keys.c.id == match[1])
+            query = sa.select(tables.keys).where(tables.keys.c.id == _id(secret))
             row = connection.execute(query).first()
         known = row.hash if row else "0" * 64
         return _key(row) if hmac.compare_digest(known, _hash(secret)) and row else None
@@ -90,6 +97,39 @@ class Keys:
         """Whether nobody has been given a key yet."""
         with self._database.reading() as connection:
             return connection.execute(sa.select(tables.keys.c.id).limit(1)).first() is None
+
+
+def new_secret() -> str:
+    return f"{PREFIX}-{secrets.token_hex(8)}-{secrets.token_urlsafe(32)}"
+
+
+def is_secret(text: str) -> bool:
+    """Whether it could be one of ours, which nobody guesses."""
+    return bool(_SECRET.fullmatch(text))
+
+
+def _id(secret: str) -> str:
+    return secret.split("-")[1]
+
+
+def _made(
+    secret: str,
+    name: str,
+    role: Role,
+    adapters: Iterable[str] | None,
+    requests: int | None,
+    tokens: int | None,
+) -> Key:
+    _check(name, role, requests, tokens)
+    if not is_secret(secret):
+        raise BadRequest("A secret is not of the form that `loramix keys secret` prints.")
+    allowed = None if adapters is None else tuple(sorted(set(adapters)))
+    return Key(_id(secret), name, role, allowed, requests, tokens, time.time())
+
+
+def _row(key: Key, secret: str) -> dict[str, Any]:
+    allowed = None if key.adapters is None else list(key.adapters)
+    return asdict(key) | {"adapters": allowed, "hash": _hash(secret)}
 
 
 def _hash(secret: str) -> str:
