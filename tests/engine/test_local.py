@@ -337,6 +337,20 @@ def test_what_takes_long_to_read_does_not_hold_up_the_event_loop(
     assert [reader is not threading.main_thread() for reader in readers] == [is_aside]
 
 
+def test_a_shorter_context_than_the_base_holds_is_kept_to(base):
+    with LocalEngine(base, context=12) as engine:
+        answer = engine.generate([greedy("the cat", max_tokens=4)])[0]
+        room = 12 - answer.num_prompt_tokens
+        open_end = Request("the cat", sampling=Sampling(temperature=0, max_tokens=50, fit=True))
+        assert len(engine.generate([open_end])[0].tokens) <= room
+        assert engine.generate([greedy("the cat", max_tokens=room)])
+        with pytest.raises(TooLong, match="only 12 are held together"):
+            engine.generate([greedy("the cat", max_tokens=room + 1)])
+    for bad in (0, 1, 129, 2.5):
+        with pytest.raises(EngineError, match="expected 2 to 128, what this base holds"):
+            LocalEngine(base, context=bad)
+
+
 def test_closing_a_stream_frees_its_request_at_once(engine, base):
     async def leave():
         stream = engine.stream(greedy("the", Mix({"a": 1}), max_tokens=50))

@@ -59,8 +59,9 @@ class Job:
 class LocalEngine:
     """Serves a base and its adapters; close it, or use it in a `with` block.
 
-    At most `max_batch` requests run at once and `max_queue` wait. A step computes up to
-    `step_tokens` new tokens. Keys and values take at most `kv_bytes`: those of running requests
+    At most `max_batch` requests run at once and `max_queue` wait. A prompt and its answer have at
+    most `context` tokens, or as many as the base holds. A step computes up to `step_tokens` new
+    tokens. Keys and values take at most `kv_bytes`: those of running requests
     first, and with `reuse` those of finished ones, for requests of the same mix that begin alike.
     Adapters take at most `adapter_bytes`, not counting the side-by-side copies of up to 4 recent
     sets of them. Those that a mix names are read from `library` when first needed, and idle ones of
@@ -79,6 +80,7 @@ class LocalEngine:
         *,
         max_batch: int = 32,
         max_queue: int = 1024,
+        context: int | None = None,
         step_tokens: int = 512,
         kv_bytes: int = 2 * GIB,
         reuse: bool = True,
@@ -90,7 +92,7 @@ class LocalEngine:
         self.token_bytes = require_exact(base.model)  # of keys and values
         self.base = base
         self.library = library
-        self.context = exact_context(base)
+        self.context = _context(base, context)
         self.cache = PrefixCache(kv_bytes if reuse else 0)
         self._scheduler = Scheduler(
             self.cache,
@@ -394,8 +396,8 @@ class LocalEngine:
     def _require_room(self, num_prompt: int, num_more: int) -> None:
         if num_prompt + num_more > self.context:
             raise TooLong(
-                f"The prompt has {num_prompt} tokens and up to {num_more} are to follow, but this "
-                f"base holds {self.context} together; shorten the prompt or lower max_tokens."
+                f"The prompt has {num_prompt} tokens and up to {num_more} are to follow, but only "
+                f"{self.context} are held together; shorten the prompt or lower max_tokens."
             )
         needed, budget = (num_prompt + num_more - 1) * self.token_bytes, self._scheduler.kv_bytes
         if needed > budget:
@@ -404,6 +406,18 @@ class LocalEngine:
                 f"of keys and values, but the engine has {budget:,}; shorten the prompt, lower "
                 f"max_tokens, or open the engine with more kv_bytes."
             )
+
+
+def _context(base: Base, wanted: int | None) -> int:
+    """The tokens of a prompt and its answer together; EngineError for what the base cannot hold."""
+    held = exact_context(base)
+    if wanted is None:
+        return held
+    if type(wanted) is not int or not 2 <= wanted <= held:
+        raise EngineError(
+            f"context is {wanted}; expected 2 to {held}, what this base holds, or None."
+        )
+    return wanted
 
 
 def _is_slow(request: Request) -> bool:

@@ -126,6 +126,7 @@ class EngineSettings(Section):
 
     max_batch: int | None = Field(default=None, ge=1)
     max_queue: int | None = Field(default=None, ge=1)
+    context: int | None = Field(default=None, ge=2)  # tokens of a prompt and its answer
     step_tokens: int | None = Field(default=None, ge=1)
     kv_bytes: int | None = Field(default=None, ge=1)
     adapter_bytes: int | None = Field(default=None, ge=1)
