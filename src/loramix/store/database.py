@@ -119,8 +119,8 @@ class Database:
             yield
         except IntegrityError:  # what it means, its caller knows
             raise
-        except (SQLAlchemyError, UnicodeEncodeError) as error:
-            bad = (DataError, UnicodeEncodeError)
+        except (SQLAlchemyError, ValueError) as error:  # the latter of a driver that takes no NaN
+            bad = (DataError, ValueError)
             if isinstance(error, bad) or isinstance(getattr(error, "orig", None), ValueError):
                 raise Unstorable(
                     f"The database cannot hold this: {_cause(error)}; leave it out."
