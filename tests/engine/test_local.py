@@ -344,7 +344,7 @@ def test_a_shorter_context_than_the_base_holds_is_kept_to(base):
         open_end = Request("the cat", sampling=Sampling(temperature=0, max_tokens=50, fit=True))
         assert len(engine.generate([open_end])[0].tokens) <= room
         assert engine.generate([greedy("the cat", max_tokens=room)])
-        with pytest.raises(TooLong, match="only 12 are held together"):
+        with pytest.raises(TooLong, match="holds 12 together"):
             engine.generate([greedy("the cat", max_tokens=room + 1)])
     for bad in (0, 1, 129, 2.5):
         with pytest.raises(EngineError, match="expected 2 to 128, what this base holds"):

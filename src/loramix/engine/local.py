@@ -396,8 +396,8 @@ class LocalEngine:
     def _require_room(self, num_prompt: int, num_more: int) -> None:
         if num_prompt + num_more > self.context:
             raise TooLong(
-                f"The prompt has {num_prompt} tokens and up to {num_more} are to follow, but only "
-                f"{self.context} are held together; shorten the prompt or lower max_tokens."
+                f"The prompt has {num_prompt} tokens and up to {num_more} are to follow, but the "
+                f"engine holds {self.context} together; shorten the prompt or lower max_tokens."
             )
         needed, budget = (num_prompt + num_more - 1) * self.token_bytes, self._scheduler.kv_bytes
         if needed > budget:
