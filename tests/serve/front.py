@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
+from fastapi import FastAPI
 
 from loramix.serve.app import Server, server
 from loramix.serve.service import Service
@@ -40,8 +41,8 @@ class Front:
 
 
 @contextmanager
-def running(service: Service) -> Iterator[Front]:
-    made = server(service, port=0)
+def running(service: Service, app: FastAPI | None = None) -> Iterator[Front]:
+    made = server(service, port=0, app=app)
     thread = threading.Thread(target=made.run, daemon=True)
     thread.start()
     wait_for(lambda: made.started or not thread.is_alive())

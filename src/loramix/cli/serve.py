@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,8 @@ from typer import Argument, Option
 from loramix.errors import LoramixError, ServeError, SettingsError
 
 if TYPE_CHECKING:
+    from loramix.serve.app import Server
+    from loramix.serve.service import Service
     from loramix.serve.settings import Settings
 
 DEFAULT = Path("loramix.yaml")
@@ -49,16 +52,30 @@ def serve(
     if not insecure:
         _require_loopback(settings)
     with _listening(settings.host, settings.port) as door:
-        from loramix.serve.app import server
         from loramix.serve.logs import log_to
 
         service = _opened(settings, insecure=insecure)
         with closing(service):
             log_to(Path(settings.log_file) if settings.log_file else None)
-            host, port = door.getsockname()[:2]
-            place = f"[{host}]" if ":" in host else host
-            typer.echo(f"loramix serves {service.lm.engine.base_id} at http://{place}:{port}")
-            server(service, host, port).run(sockets=[door])
+            made, url = made_for(door, service, page=settings.page)
+            typer.echo(f"loramix serves {service.lm.engine.base_id} at {url}")
+            made.run(sockets=[door])
+
+
+def made_for(door: socket.socket, service: Service, *, page: bool) -> tuple[Server, str]:
+    """The server of a socket, and its address; with the chat page where that is installed."""
+    from loramix.serve.app import create_app, server
+
+    app = create_app(service)
+    if page and find_spec("nicegui"):
+        from loramix.studio.site import with_page
+
+        with_page(app)
+    elif page:
+        typer.echo("No chat page: install it with `pip install 'loramix[studio]'`.", err=True)
+    host, port = door.getsockname()[:2]
+    place = f"[{host}]" if ":" in host else host
+    return server(service, host, port, app=app), f"http://{place}:{port}"
 
 
 def validate(file: Files = None, assignments: Assignments = None) -> None:

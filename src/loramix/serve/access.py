@@ -24,6 +24,7 @@ from loramix.serve.service import Caller, Service
 from loramix.store.records import Key
 
 PUBLIC = ("/health", "/ready", "/docs", "/openapi.json")
+DOORS = ("/sign-in", "/sign-out")  # of the chat page, which asks for a key itself
 
 
 class Access:
@@ -35,7 +36,7 @@ class Access:
         self._rates = Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in PUBLIC:
+        if scope["type"] != "http" or _is_public(scope["path"]):
             await self._app(scope, receive, send)
             return
         try:
@@ -69,17 +70,13 @@ class Access:
         kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
         given = secret.strip() if kind.lower() == "bearer" else ""
         store = self._service.store
-        if store is not None and not await asyncio.to_thread(store.keys.is_empty):
-            key = await asyncio.to_thread(store.keys.find, given) if given else None
-            if key is None:
-                raise NotKnown(bool(given))
-            return key
-        if self._service.insecure:
+        if store is None or not await has_keys(self._service):
+            require_neighbour(scope, self._service)
             return None
-        if not _is_near(scope):
+        key = await asyncio.to_thread(store.keys.find, given) if given else None
+        if key is None:
             raise NotKnown(bool(given))
-        _require_own_page(Headers(scope=scope), self._service.cors)
-        return None
+        return key
 
 
 class Rates:
@@ -113,6 +110,37 @@ class Rates:
 
     def _take(self, key: Key, kind: str, limit: int, amount: int) -> None:
         self._levels[key.id, kind] = self._level(key, kind, limit) - amount, self._clock()
+
+
+async def has_keys(service: Service) -> bool:
+    """Whether everybody needs a key by now."""
+    store = service.store
+    return store is not None and not await asyncio.to_thread(store.keys.is_empty)
+
+
+def is_page(path: str) -> bool:
+    """Whether this is of the chat page, which a browser has to get before it can show a key."""
+    return path in ("/", "/favicon.ico") or path.startswith("/_nicegui")
+
+
+def _is_public(path: str) -> bool:
+    return path in (*PUBLIC, *DOORS) or is_page(path)
+
+
+def require_neighbour(scope: Scope, service: Service) -> None:
+    """While there are no keys: NotKnown, NotAllowed for what does not come from this machine."""
+    if service.insecure:
+        return
+    if not _is_near(scope):
+        raise NotKnown(False)
+    _require_own_page(Headers(scope=scope), service.cors)
+
+
+def require_same_site(headers: Headers, origins: Sequence[str]) -> None:
+    """NotAllowed for what another site's page has a browser ask for with our own page's cookie."""
+    origin = headers.get("origin")
+    if origin and origin not in origins and urlsplit(origin).netloc != headers.get("host"):
+        raise NotAllowed(f"This was asked for a page of {origin[:80]}; open the chat page itself.")
 
 
 def _caller(key: Key) -> Caller:

@@ -98,12 +98,18 @@ class Server(uvicorn.Server):
         await asyncio.to_thread(self._service.lm.close)
 
 
-def server(service: Service, host: str = "127.0.0.1", port: int = 8000) -> Server:
-    """A server that is not started; `run` does that and blocks until it is told to end."""
+def server(
+    service: Service, host: str = "127.0.0.1", port: int = 8000, *, app: FastAPI | None = None
+) -> Server:
+    """A server that is not started; `run` does that and blocks until it is told to end.
+
+    `app` is the service's own, if it has been made already, as to put a page into it.
+    """
     config = uvicorn.Config(
-        create_app(service),
+        app or create_app(service),
         host=host,
         port=port,
+        lifespan="on",  # "auto" would take a failure there for an app that has none
         log_config=None,
         access_log=False,
         server_header=False,

@@ -72,8 +72,8 @@ class Door:
             "ms": round(trip.age_s * 1000, 2),
             **trip.facts,
         }
-        level = logging.DEBUG if route in ("/health", "/ready", "/metrics") else logging.INFO
-        log.log(level, "request", extra={"facts": facts})
+        is_dull = route in ("/health", "/ready", "/metrics") or "/_nicegui" in scope["path"]
+        log.log(logging.DEBUG if is_dull else logging.INFO, "request", extra={"facts": facts})
 
 
 def _counted(receive: Receive, limit: int) -> Receive:

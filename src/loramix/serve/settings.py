@@ -185,6 +185,7 @@ class Settings(Section):
     limits: LimitSettings = LimitSettings()
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0 is any that is free
+    page: bool = True  # the chat page at /
     roots: tuple[str, ...] = Field((), strict=False)  # folders that adapters may be loaded from
     keys: tuple[KeySettings, ...] = Field((), strict=False)  # beside those of the database
     cors: tuple[str, ...] = Field((), strict=False)  # origins whose pages may call
