@@ -26,6 +26,11 @@ def test_a_name_is_in_a_library_as_its_names_say(tmp_path, name):
     assert (name in library) == (name in library.names()) == (name == "sql")
 
 
+def test_one_adapter_is_found_without_looking_at_the_others(library, monkeypatch):
+    monkeypatch.delattr(Library, "names")
+    assert library.card("sql").name == library.load("sql").name == "sql"
+
+
 @pytest.fixture
 def library(tmp_path):
     """A library of one adapter, `sql`."""

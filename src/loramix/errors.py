@@ -21,6 +21,7 @@
     - NoRecord               it does not hold this, or not for this key
     - Conflict               somebody else was faster
     - Unstorable             a value that no database holds
+    - DatabaseFull           there is no room for it
   * ServeError             what a server refuses, or cannot do now
     - TooLarge               a body beyond the limit
     - NotKnown               a key is needed, or the one given opens nothing
@@ -124,6 +125,10 @@ class NoRecord(StoreError):
 
 class Conflict(StoreError):
     status = 409
+
+
+class DatabaseFull(StoreError):
+    status = 507
 
 
 class Unstorable(StoreError):

@@ -81,7 +81,7 @@ class Library:
 
     def path(self, name: str) -> Path:
         """The folder of an adapter; UnknownAdapter if the library has none of this name."""
-        if name not in self.names():
+        if name not in self:
             raise UnknownAdapter(name, self.names())
         return self.folder / name
 
@@ -146,7 +146,7 @@ class Library:
 
         check_name(adapter.name)
         _refuse_base_name(adapter.name, adapter.card.base)
-        if adapter.name in self.names() and not replace:
+        if adapter.name in self and not replace:
             raise AdapterError(
                 f"The library has an adapter {adapter.name!r} already; give another name, remove "
                 f"it, or ask for it to be replaced."

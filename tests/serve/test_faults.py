@@ -145,9 +145,9 @@ def test_a_full_disk_keeps_nothing_half_and_the_service_goes_on(front):
     assert say(front, place).is_success
     before = front.http.get(place).json()
     fill(front.service.store)
-    for stream, status in ((False, 503), (True, 200)):  # a stream has begun by then
+    for stream, status in ((False, 507), (True, 200)):  # a stream has begun by then
         got = say(front, place, stream=stream)
-        assert (got.status_code, "disk is full; see that it" in got.text) == (status, True)
+        assert (got.status_code, "disk is full; make some" in got.text) == (status, True)
         assert front.http.get(place).json() == before
         assert front.chat().is_success
     limited(front.service.store, 1 << 30)

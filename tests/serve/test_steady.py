@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -150,6 +151,29 @@ def test_the_end_lets_short_answers_finish_and_tells_long_ones(make):
     last = json.loads(texts["long"][-2])["error"]
     assert "shutting down" in last["message"]
     assert texts["long"][-1] == texts["short"][-1] == "[DONE]"
+
+
+def test_adapters_that_are_slow_to_read_hold_up_nobody_else(make, monkeypatch):
+    reading = threading.Event()
+    load = Library.load
+
+    def slow(library, name):
+        reading.wait(10)
+        return load(library, name)
+
+    monkeypatch.setattr(Library, "load", slow)
+    with make(seconds=0) as front, ThreadPoolExecutor(32) as clients:
+        body = LONG | {"max_tokens": 2}
+        asking = [
+            clients.submit(httpx.post, f"{front.url}/v1/completions", json=body) for _ in range(32)
+        ]
+        wait_for(lambda: sum("serve" in thread.name for thread in threading.enumerate()) >= 32)
+        start = time.monotonic()
+        assert front.http.get("/v1/models").is_success
+        assert front.post("/v1/route", text="the cat").is_success
+        assert time.monotonic() - start < 1
+        reading.set()
+        assert all(each.result().is_success for each in asking)
 
 
 def test_an_adapter_deleted_while_it_answers_goes_on_and_is_gone(make, shop, tmp_path):

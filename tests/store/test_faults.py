@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from loramix.errors import StoreError
+from loramix.errors import DatabaseFull, StoreError
 from loramix.store import Store
 from loramix.store.records import Turn
 
@@ -63,7 +63,7 @@ def test_a_full_disk_is_said_and_what_was_there_stays(store, url):
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
     store.close()
     _limited(store, pages + 2)
-    with pytest.raises(StoreError, match=r"full.*has room"):
+    with pytest.raises(DatabaseFull, match=r"has no room: .* full; make some"):
         store.conversations.append(made.id, [Turn("user", "x" * 100_000)])
     assert store.conversations.get(made.id, [""]).turns == ()
     store.close()

@@ -21,12 +21,13 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from loramix.errors import StoreError, Unstorable
+from loramix.errors import DatabaseFull, StoreError, Unstorable
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 BUSY_S = 10  # how long one writer waits for another
 _MIGRATING = Lock()  # alembic knows one migration at a time in a process
 _LOCK = 0x10A311  # of PostgreSQL's advisory locks: one process migrates at a time
+FULL = {sqlite3.SQLITE_FULL, "53100"}  # what SQLite and PostgreSQL call a disk without room
 _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"}
 
 
@@ -120,15 +121,21 @@ class Database:
         except IntegrityError:  # what it means, its caller knows
             raise
         except (SQLAlchemyError, ValueError) as error:  # the latter of a driver that takes no NaN
-            bad = (DataError, ValueError)
-            if isinstance(error, bad) or isinstance(getattr(error, "orig", None), ValueError):
-                raise Unstorable(
-                    f"The database cannot hold this: {_cause(error)}; leave it out."
-                ) from error
-            raise StoreError(
-                f"The database {self} cannot be used: {_cause(error)}; see that it is there, takes "
-                f"writes and has room, then try again."
-            ) from error
+            raise self._meant(error) from error
+
+    def _meant(self, error: Exception) -> StoreError:
+        cause = getattr(error, "orig", None) or error
+        said = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
+        if isinstance(error, DataError) or isinstance(cause, ValueError):
+            return Unstorable(f"The database cannot hold this: {said}; leave it out.")
+        if FULL & {getattr(cause, "sqlite_errorcode", None), getattr(cause, "sqlstate", None)}:
+            return DatabaseFull(
+                f"The database {self} has no room: {said}; make some, then try again."
+            )
+        return StoreError(
+            f"The database {self} cannot be used: {said}; see that it is there and takes writes, "
+            f"then try again."
+        )
 
 
 def _read(url: str) -> sa.URL:
@@ -156,11 +163,6 @@ def _require_psycopg() -> None:
         raise StoreError(
             "PostgreSQL needs psycopg; install it with `pip install 'loramix[postgres]'`."
         ) from None
-
-
-def _cause(error: Exception) -> str:
-    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _opened(file: Path) -> sqlite3.Connection:
