@@ -32,11 +32,14 @@ class Forge:
 
     def loramix(self, *words: str | Path, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
         """Run a command with the real client of this hub, in a process of its own."""
+        return self.python("-m", "loramix", *words, token=token)
+
+    def python(self, *words: str | Path, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
         own = {"HF_ENDPOINT": self.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
         own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "PYTHONPATH": "src"}
         keep = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
         return subprocess.run(
-            [sys.executable, "-m", "loramix", *map(str, words)],
+            [sys.executable, *map(str, words)],
             env=keep | own | {"HF_DEBUG": "1"},
             cwd=Path(__file__).parents[2],
             capture_output=True,

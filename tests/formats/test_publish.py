@@ -36,6 +36,21 @@ def test_a_folder_becomes_one_commit(forge, adapter):
     assert (forge.commits, forge.private["me/mine"]) == (1, True)
 
 
+def test_a_merge_is_pushed_from_python(forge, adapter, tmp_path):
+    program = f"""
+import loramix
+merger = loramix.Merger(None, [{str(adapter)!r}] * 2)
+print(merger.merge("weighted", weights=[2, -1]).push_to_hub("me/both", private=True))
+"""
+    done = forge.python("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{forge.url}/me/both/commit/{1:040d}"
+    sent = forge.repositories["me/both"]
+    assert {"README.md", "adapter_model.safetensors", "merge.json"} <= sent.keys()
+    assert b"mine:2+mine-2:-1" in sent["README.md"]
+    assert forge.private["me/both"]
+
+
 def test_a_dry_run_sends_nothing(forge, adapter):
     done = forge.loramix("push", adapter, "me/mine", "--dry-run")
     assert done.returncode == 0, done.stderr

@@ -38,6 +38,13 @@ def test_a_mix_becomes_an_adapter_that_a_library_takes(merge, tmp_path):
         (["-m", "sql", "-o", "x", "--rank", "0"], "at least 1"),
         (["-m", "sql", "-o", "x", "--rank", "1", "--energy", "0.5"], "not both"),
         (["-m", "sql", "-o", "."], "exists"),
+        (["-m", "sql", "-o", ".", "--replace"], "where you are"),
+        (["-m", "sql", "-o", "..", "--replace"], "where you are"),
+        (["-m", "sql", "-o", "x", "--prove"], "--prove does not go with this"),
+        (["-m", "sql", "-o", "x", "--into", "pocket", "--rank", "4"], "takes the whole update"),
+        (["-m", "sql", "-o", "x", "--lint"], "--output does not go with this: --lint only looks"),
+        (["-m", "sql", "--lint", "--rank", "4"], "--rank does not go"),
+        (["-m", "sql", "--lint", "--prove"], "--prove does not go"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_no_file(words, hint, merge, tmp_path):

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from loramix.errors import BaseError, BaseMismatch, LoramixError, MergeError
 from loramix.formats import peft
+from loramix.formats.licences import stated_licence
 from loramix.formats.readme import describe
 from loramix.lm import POCKET, POCKET_LIBRARY
 from loramix.merge import journal, stream
@@ -230,11 +231,32 @@ def test_a_merged_model_has_a_card(llama, tmp_path):
             sorted(adapters.items()), ["mit", "cc-by-4.0"], strict=True
         )
     }
-    merge_into(folder, told, recipe(), tmp_path / "out")
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    merge_into(base, told, recipe(), tmp_path / "out")
     matter = describe(tmp_path / "out").front_matter()
     assert matter["base_model"] == "owner/base"
     assert matter["base_model_relation"] == "merge"
-    assert matter["license"] == "cc-by-4.0"
+    assert "license" not in matter  # the base states none
+    for licence, all_of_them in (("apache-2.0", "cc-by-4.0"), ("llama2", "llama2")):
+        (base / "README.md").write_text(f"---\nlicense: {licence}\n---\n# Base\n")
+        merge_into(base, told, recipe(), tmp_path / licence)
+        assert describe(tmp_path / licence).front_matter()["license"] == all_of_them
+        assert not (tmp_path / licence / "README.md").exists()
+
+
+def test_a_licence_is_what_the_files_state(tmp_path):
+    readme = tmp_path / "README.md"
+    for text in ("# Base", "---\nlicense: [mit]\n---", "---\na: {\n---", "---\n- x\n---"):
+        readme.write_text(text)
+        assert stated_licence(tmp_path) == ""
+    readme.write_bytes(b"\xff\xfe")
+    assert stated_licence(tmp_path) == ""
+    readme.write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "card.json").write_text(json.dumps({"name": "x", "licence": ""}))
+    assert stated_licence(tmp_path) == "mit"
+    (tmp_path / "card.json").write_text(json.dumps({"name": "x", "licence": "gemma"}))
+    assert stated_licence(tmp_path) == "gemma"
 
 
 def test_the_base_is_not_replaced_by_its_merge(llama, tmp_path):
@@ -360,6 +382,7 @@ def test_a_merge_that_died_is_taken_up_where_it_was(llama, tmp_path, monkeypatch
             merge_into(folder, adapters, recipe(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (part_of(tmp_path / "out") / "config.json").exists()
+    (part_of(tmp_path / "out") / ".card.json.0123").write_text("half")  # as a kill may leave it
     assert merge_into(folder, adapters, recipe(), tmp_path / "out").num_resumed >= 5
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 

@@ -20,6 +20,7 @@ from loramix.cli.chat import chat
 from loramix.cli.convert import convert
 from loramix.cli.data import data
 from loramix.cli.demo import demo
+from loramix.cli.evaluate import evaluate
 from loramix.cli.flags import flags
 from loramix.cli.jobs import jobs
 from loramix.cli.keys import keys
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 for command in (ask, chat, train, merge, convert, card, push, pull, demo, search):
     app.command()(flags(command))
+app.command("eval")(flags(evaluate))
 PLAIN: dict[str, Callable[..., None]] = {
     "serve": serve,
     "up": serve,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,14 +12,15 @@ import typer
 from typer import Option
 
 from loramix.cli.flags import Where
-from loramix.cli.opening import hush, notice
+from loramix.cli.opening import hush, no_collection, notice
 from loramix.cli.printing import print_table
 from loramix.errors import BadRequest
 from loramix.lm import check_mix
-from loramix.mix import Mix
+from loramix.mix import Mix, slug
 
 if TYPE_CHECKING:
     from loramix.merge.fold import Merged
+    from loramix.merge.recipe import Recipe
 
 Set = Annotated[
     list[str] | None,
@@ -29,13 +32,25 @@ Set = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How updates become one."""
+
+    method: Annotated[str, Option(help="sum, average, slerp, ties, dare, tsv-m ...")] = "sum"
+    settings: Set = None
+    seed: Annotated[int, Option(help="Of methods that drop at random.")] = 0
+
+    def recipe(self, mix: Mix) -> Recipe:
+        from loramix.merge.recipe import Recipe, settings_of
+
+        return Recipe(mix, self.method, settings_of(self.settings or ()), self.seed)
+
+
 def merge(
     where: Where,
+    how: How,
     mix: Annotated[str, Option("--mix", "-m", metavar="MIX", help="What to merge.")],
     output: Annotated[Path | None, Option("--output", "-o", help="Folder to write.")] = None,
-    method: Annotated[str, Option(help="sum, average, slerp, ties, dare, tsv-m ...")] = "sum",
-    settings: Set = None,
-    seed: Annotated[int, Option(help="Of methods that drop at random.")] = 0,
     rank: Annotated[int | None, Option(help="Compress to this rank.")] = None,
     energy: Annotated[float | None, Option(help="Compress, keeping this share.")] = None,
     into: Annotated[str | None, Option(help="Write this base with the mix in its weights.")] = None,
@@ -47,61 +62,102 @@ def merge(
     """Merge a mix into one adapter, or with --into into a copy of the base; exactly."""
     hush()
     wanted = _mix(mix, where)
+    to_adapter = {"--rank": rank, "--energy": energy}
+    to_base = {"--shard-size": shard_size, "--prove": prove}
     if lint:
-        _look(where, wanted, method, settings, into)
+        writing = {"--output": output, "--replace": replace}
+        _refuse(to_adapter | to_base | writing, "--lint only looks and writes nothing")
+        _look(where, wanted, how, into)
         return
     if output is None:
         raise BadRequest("Give the folder to write with --output, or --lint to only look.")
-    if output.exists() and not replace:
-        raise BadRequest(f"{output} exists; give another folder, or --replace.")
-    if into is None and shard_size is not None:
-        raise BadRequest("An adapter is one file; --shard-size is for a merge --into a base.")
-    if into is None and prove:
-        raise BadRequest("--prove compares two models; it is for a merge --into a base.")
-    if into is not None and (rank is not None or energy is not None):
-        raise BadRequest("A base takes the whole update; --rank and --energy are for adapters.")
+    _check_output(output, replace=replace)
+    if into is None:
+        _refuse(to_base, "it is for a merge --into a base")
+        _into_adapter(where, wanted, how, output, (rank, energy), replace=replace)
+        return
+    _refuse(to_adapter, "a base takes the whole update")
     shard_bytes = None if shard_size is None else _bytes(shard_size)
-    from loramix.merge.core import Size
-    from loramix.merge.fold import merge_adapters
-    from loramix.merge.recipe import Recipe, settings_of
+    _into_base(where, wanted, how, output, into, shard_bytes, replace=replace)
+    if prove:
+        _prove(where, wanted, into, output)
 
-    recipe = Recipe(wanted, method, settings_of(settings or ()), seed)
-    size = Size(rank, energy)
-    with notice(f"Merging {wanted} ..."):
-        adapters = {name: where.shelf.load(name) for name in wanted}
-        if into is None:
-            merged = merge_adapters(adapters, recipe, size, name=output.name)
-            merged.save(output, replace=replace)
-            typer.echo(_told(merged, output))
-            return
+
+def _into_adapter(
+    where: Where,
+    mix: Mix,
+    how: How,
+    output: Path,
+    size: tuple[int | None, float | None],
+    *,
+    replace: bool,
+) -> None:
+    with notice(f"Merging {mix} ..."), no_collection():
+        from loramix.merge.core import Size
+        from loramix.merge.fold import merge_adapters
+
+        recipe, limit = how.recipe(mix), Size(*size)
+        adapters = {name: where.shelf.load(name) for name in mix}
+        merged = merge_adapters(adapters, recipe, limit, name=slug(output.resolve().name))
+        merged.save(output, replace=replace)
+    typer.echo(_told(merged, output))
+
+
+def _into_base(
+    where: Where,
+    mix: Mix,
+    how: How,
+    output: Path,
+    base: str,
+    shard_bytes: int | None,
+    *,
+    replace: bool,
+) -> None:
+    with notice(f"Merging {mix} ..."), no_collection():
         from loramix.merge.lint import trained_elsewhere
         from loramix.merge.stream import base_folder, merge_into
 
-        strangers = trained_elsewhere(adapters.values(), base_folder(into))
-        did = merge_into(
-            base_folder(into), adapters, recipe, output, shard_bytes=shard_bytes, replace=replace
-        )
-        proof = None
-        if prove:
-            from loramix.merge.proof import prove as compare
-
-            proof = compare(base_folder(into), output, adapters, wanted)
-    for name in strangers:
-        typer.echo(
-            f"{name} was trained on weights other than those of {into}, or its files use older "
-            f"names; --lint and --prove tell more.",
-            err=True,
-        )
+        recipe, folder = how.recipe(mix), base_folder(base)
+        adapters = {name: where.shelf.load(name) for name in mix}
+        for name in trained_elsewhere(adapters.values(), folder):
+            typer.echo(
+                f"{name} was trained on weights other than those of {base}, or its files use older "
+                f"names; --lint and --prove tell more.",
+                err=True,
+            )
+        did = merge_into(folder, adapters, recipe, output, shard_bytes=shard_bytes, replace=replace)
     resumed = f", {did.num_resumed} of them by an earlier run" if did.num_resumed else ""
     typer.echo(
-        f"Merged {wanted} by {method} into {output}: {did.num_folded} of {did.num_tensors} tensors "
-        f"of {into} changed{resumed}. Rows read back are within {did.worst:.2f} of the last place."
+        f"Merged {mix} by {how.method} into {output}: {did.num_folded} of {did.num_tensors} "
+        f"tensors of {base} changed{resumed}. Rows read back are within {did.worst:.2f} of the "
+        f"last place."
     )
-    if proof:
-        typer.echo(
-            f"KL(mix || merged) is {proof.mean_kl:.3g} nats a token, at most {proof.max_kl:.3g}; "
-            f"KL(mix || base) is {proof.base_kl:.3g}."
-        )
+
+
+def _prove(where: Where, mix: Mix, base: str, output: Path) -> None:
+    from loramix.merge.proof import prove
+    from loramix.merge.stream import base_folder
+
+    adapters = {name: where.shelf.load(name) for name in mix}
+    proof = prove(base_folder(base), output, adapters, mix)
+    typer.echo(
+        f"KL(mix || merged) is {proof.mean_kl:.3g} nats a token, at most {proof.max_kl:.3g}; "
+        f"KL(mix || base) is {proof.base_kl:.3g}."
+    )
+
+
+def _refuse(flags: Mapping[str, object], reason: str) -> None:
+    """BadRequest for a flag that was given and would be ignored."""
+    for flag, value in flags.items():
+        if value is not None and value is not False:
+            raise BadRequest(f"{flag} does not go with this: {reason}; leave it out.")
+
+
+def _check_output(output: Path, *, replace: bool) -> None:
+    if output.exists() and not replace:
+        raise BadRequest(f"{output} exists; give another folder, or --replace.")
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise BadRequest(f"{output} is where you are, and would be deleted; give another folder.")
 
 
 def _mix(mix: str, where: Where) -> Mix:
@@ -112,17 +168,13 @@ def _mix(mix: str, where: Where) -> Mix:
     return Mix.parse(mix)
 
 
-def _look(
-    where: Where, mix: Mix, method: str, settings: list[str] | None, into: str | None
-) -> None:
+def _look(where: Where, mix: Mix, how: How, into: str | None) -> None:
     """Print the report of --lint."""
     from loramix.merge.lint import lint as look
-    from loramix.merge.recipe import Recipe, settings_of
     from loramix.merge.stream import base_folder
 
-    recipe = Recipe(mix, method, settings_of(settings or ()))
     adapters = {name: where.shelf.load(name) for name in mix}
-    found = look(adapters, recipe, None if into is None else base_folder(into))
+    found = look(adapters, how.recipe(mix), None if into is None else base_folder(into))
     for name, count in found.num_updates.items():
         fit = f"all in {into}; base {found.fingerprints[name]}" if into else "no base given"
         typer.echo(f"{name}: {count} updates in {found.num_layers} layers, {fit}")

@@ -21,6 +21,9 @@ def card(
     dataset: Annotated[
         list[str] | None, typer.Option(help="Hub id it was trained on; repeatable.")
     ] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="What loramix eval --json printed; repeatable.")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace README.md.")] = False,
 ) -> None:
     """Write the README.md that the hub shows of a folder; nothing is asked of the network."""
@@ -29,7 +32,9 @@ def card(
     place = folder / README
     if place.exists() and not replace:
         raise BadRequest(f"{place} exists; --replace writes it anew.")
-    published = describe(folder, base=base, licence=licence, datasets=dataset or ())
+    published = describe(
+        folder, base=base, licence=licence, datasets=dataset or (), scores=scores or ()
+    )
     text = render(published)
     new = place.with_name(f".{README}.new")
     new.write_text(text, encoding="utf-8")

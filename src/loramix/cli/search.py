@@ -94,12 +94,11 @@ def _find_by_answers(
     how: How, shelf: Library, base: Base, names: Sequence[str], examples: Sequence[Example]
 ) -> Found:
     from loramix.engine.local import LocalEngine
-    from loramix.eval.answers import AnswerLoss
+    from loramix.eval.answers import AnswerLoss, room_for
     from loramix.eval.metrics import find_metric
 
     metric = find_metric(how.objective)
-    longest = max(len(base.tokenizer(example.answer)["input_ids"]) for example in examples)
-    limit = how.max_tokens or 2 * longest + 8
+    limit = how.max_tokens or room_for(base, examples)
     with LocalEngine(base, library=shelf) as engine:
         loss = AnswerLoss(engine, names, examples, metric, max_tokens=limit)
         return _run(loss, examples, how)

@@ -9,12 +9,13 @@ import numpy as np
 
 from loramix.chat import Example
 from loramix.engine import Engine, Request, Sampling
-from loramix.errors import BadRequest
-from loramix.eval.metrics import Metric
+from loramix.eval.metrics import Metric, agreement
 from loramix.mix import Mix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from loramix.base import Base
 
 
 class AnswerLoss:
@@ -53,11 +54,11 @@ class AnswerLoss:
             Request(self._examples[row].messages[:-1], mix, self._sampling) for mix, row in missing
         ]
         for pair, answer in zip(missing, self._engine.generate(requests), strict=True):
-            self._known[pair] = 1 - self._agreement(answer.text, self._examples[pair[1]])
+            self._known[pair] = 1 - agreement(self._metric, answer.text, self._examples[pair[1]])
         return np.array([[self._known[mix, row] for row in rows] for mix in mixes])
 
-    def _agreement(self, answer: str, example: Example) -> float:
-        agreement = float(self._metric(answer, example.answer))
-        if not 0 <= agreement <= 1:
-            raise BadRequest(f"The metric gave {agreement}; expected a number from 0 to 1.")
-        return agreement
+
+def room_for(base: Base, examples: Sequence[Example]) -> int:
+    """Tokens that an answer may take: twice the longest reference, and some."""
+    longest = max(len(base.tokenizer(example.answer)["input_ids"]) for example in examples)
+    return 2 * longest + 8

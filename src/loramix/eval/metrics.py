@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 
+from loramix.chat import Example
 from loramix.errors import BadRequest
 
 Metric = Callable[[str, str], float]  # answer, reference
@@ -27,6 +28,14 @@ def f1(answer: str, reference: str) -> float:
     said, wanted = Counter(_words(answer)), Counter(_words(reference))
     common = (said & wanted).total()
     return 2 * common / (said.total() + wanted.total()) if said or wanted else 1.0
+
+
+def agreement(metric: Metric, answer: str, example: Example) -> float:
+    """Of an answer with an example's own; BadRequest for a metric that leaves 0 to 1."""
+    found = float(metric(answer, example.answer))
+    if not 0 <= found <= 1:
+        raise BadRequest(f"The metric gave {found}; expected a number from 0 to 1.")
+    return found
 
 
 METRICS: dict[str, Metric] = {"exact": exact, "contains": contains, "f1": f1}

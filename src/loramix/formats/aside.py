@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ def aside(place: Path, *, replace: bool = False) -> Iterator[Path]:
     The path does not exist yet. With `replace`, what was at `place` is removed only after the new
     one took its name. Raises AdapterError if `place` is taken or cannot be written.
     """
+    place = Path(os.path.abspath(place))  # "." has no name to write beside
     if place.exists() and not replace:
         raise AdapterError(f"{place} exists; remove it first, or ask for it to be replaced.")
     new, old = (place.parent / f".{place.name}.{kind}-{uuid4().hex[:8]}" for kind in ("new", "old"))

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from loramix.formats.folder import CARD
 
 TIERS = (  # the hub's names, from the freest on
     ("cc0-1.0", "unlicense", "wtfpl"),
@@ -48,3 +53,19 @@ def strictest(licences: Iterable[str]) -> str:
     if len(bound) > 1:
         return "other"
     return max(named, key=_TIER.__getitem__)
+
+
+def stated_licence(folder: Path) -> str:
+    """What a model's own files say: its card.json, else the front matter of its README.md, or "".
+
+    A file that cannot be read states nothing.
+    """
+    for name, field in ((CARD, "licence"), ("README.md", "license")):
+        try:
+            head = (folder / name).read_text("utf-8").removeprefix("---").split("\n---")[0]
+            found = yaml.safe_load(head).get(field)
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            continue
+        if found and isinstance(found, str):
+            return found
+    return ""

@@ -39,6 +39,7 @@ class Published:
     recipe: Mapping[str, Any]  # of a merge; empty for anything else
     digests: Mapping[str, str]  # sha256 by file
     datasets: tuple[str, ...] = ()
+    evaluations: tuple[Mapping[str, Any], ...] = ()  # as `loramix eval --json` prints them
     rank: int = 0  # the largest of an adapter; 0 if its config does not say
 
     @property
@@ -68,9 +69,11 @@ def describe(
     base: str = "",
     licence: str = "",
     datasets: Sequence[str] = (),
+    scores: Sequence[Path] = (),
 ) -> Published:
     """What a folder holds; `base` and `licence` where its files do not say or say otherwise.
 
+    `scores` are files that `loramix eval --json` printed.
     Raises FormatError if there is nothing to publish in it.
     """
     place = Path(folder)
@@ -84,7 +87,8 @@ def describe(
     if not isinstance(recipe.get("adapters", {}), dict):
         raise FormatError(f"{place / RECIPE}: adapters are no object; merge again.")
     rank = _rank(place) if kind == "adapter" else 0
-    return Published(kind, known, recipe, digests, tuple(datasets), rank)
+    evaluations = tuple(_evaluation(file) for file in scores)
+    return Published(kind, known, recipe, digests, tuple(datasets), evaluations, rank)
 
 
 def files(folder: Path) -> list[str]:
@@ -104,7 +108,7 @@ def render(published: Published) -> str:
         published.card.description,
         "\n".join(_about(published)),
         _section("Examples", "\n".join(f"- {each}" for each in published.card.examples)),
-        _section("Scores", _table(("metric", "value"), _scores(published.card))),
+        _section("Scores", "\n\n".join(_scores(published))),
         _section("Recipe", _recipe(published.recipe)),
         _section("Use", "\n\n".join(_uses(published))),
         _section("Provenance", _provenance(published)),
@@ -150,8 +154,31 @@ def _about(published: Published) -> Iterator[str]:
         yield f"Recommended weight: {card.weight:g}."
 
 
-def _scores(card: Card) -> list[tuple[str, str]]:
-    return [(metric, f"{value:g}") for metric, value in card.scores.items()]
+def _evaluation(file: Path) -> dict[str, Any]:
+    """What `loramix eval --json` printed; FormatError for anything else."""
+    found = load_config(file)
+    try:
+        shown = [_scored(row) for row in found["results"]]
+    except (KeyError, TypeError, ValueError):
+        shown = []
+    if not shown or not {"data", "metric", "num_rows"} <= found.keys():
+        raise FormatError(f"{file} is not what `loramix eval --json` prints; run it again.")
+    return found
+
+
+def _scores(published: Published) -> Iterator[str]:
+    own = [(metric, f"{value:g}") for metric, value in published.card.scores.items()]
+    if own:
+        yield _table(("metric", "value"), own)
+    for found in published.evaluations:
+        yield f"{found['num_rows']} rows of {found['data']}, with 95 % intervals:"
+        yield _table(("mix", found["metric"]), [_scored(row) for row in found["results"]])
+
+
+def _scored(row: Mapping[str, Any]) -> tuple[str, str]:
+    score = row["score"]
+    mean, low, high = (float(score[part]) for part in ("mean", "low", "high"))
+    return str(row["name"]), f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:

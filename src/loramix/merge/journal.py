@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,12 @@ class Staging:
         self.journal.write(json.dumps({"tensor": name, "sha256": sha256}) + "\n")
         self.journal.flush()
 
+    def sweep(self, keep: Container[str]) -> None:
+        """Delete what an earlier run left half written beside the files to keep."""
+        for child in self.folder.iterdir():
+            if child.name not in keep and child.name != JOURNAL:
+                child.unlink()
+
 
 @contextmanager
 def staging(out: Path, key: str, *, replace: bool = False) -> Iterator[Staging]:
@@ -59,7 +65,7 @@ def staging(out: Path, key: str, *, replace: bool = False) -> Iterator[Staging]:
             raise MergeError(f"{out} is being written by another process; wait for it.") from error
         done = _read(journal, key)
         if done is None:
-            _empty(folder)
+            Staging(folder, {}, journal).sweep(keep=())
             journal.truncate(0)
             journal.write(json.dumps({"key": key}) + "\n")
             journal.flush()
@@ -117,9 +123,3 @@ def _read(journal: IO[str], key: str) -> dict[str, str] | None:
         return {entry["tensor"]: entry["sha256"] for entry in entries}
     except (ValueError, KeyError, TypeError):  # as a power cut may leave it
         return None
-
-
-def _empty(folder: Path) -> None:
-    for child in folder.iterdir():
-        if child.name != JOURNAL:
-            child.unlink()

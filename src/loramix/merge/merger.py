@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from loramix.adapter import Adapter
-from loramix.errors import MergeError
+from loramix.errors import HubError, MergeError
 from loramix.formats import peft
 from loramix.formats.hub import fetch, is_hub_id
+from loramix.formats.publish import plan, push
 from loramix.library import Library
 from loramix.merge.core import Size
 from loramix.merge.fold import Merged, merge_adapters
@@ -140,3 +142,16 @@ class Merging:
         merged = self.adapter()
         merged.save(folder, replace=replace)
         return merged
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = False, shard_bytes: int | None = None
+    ) -> str:
+        """Write what `save_pretrained` would where temporary files go, push it in one commit with a
+        card, and return the commit's address. Raises HubError, MergeError.
+        """
+        if not is_hub_id(repository):
+            raise HubError(f"{repository!r} is no hub id; expected owner/name.")
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / slug(repository.rpartition("/")[2])
+            self.save_pretrained(folder, shard_bytes=shard_bytes)
+            return push(plan(folder, repository), private=private)

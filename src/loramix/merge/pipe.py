@@ -1,7 +1,8 @@
-"""Read, fold, write, hash: a tensor stays on one thread, and every core has a tensor of its own.
+"""Read, fold, write, hash: a tensor stays on one thread, and there is a thread more than cores.
 
 Nothing is handed from thread to thread, so a block is still in its core's cache when it is rounded,
-written and hashed. Memory is a block for each thread, whatever the size of the model.
+written and hashed; while one thread waits for the disk another computes. Memory is a block for each
+thread, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -24,8 +24,6 @@ from loramix.merge.files import Slot
 from loramix.merge.journal import CHUNK
 
 LANES = 8  # threads at most: a disk has no more to give
-AHEAD = 16 << 20  # bytes that the kernel is asked to have read before they are needed
-ALIGNED = 4096  # where a file system can share blocks between files
 
 
 class Folded(Protocol):
@@ -53,7 +51,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A tensor in its file; `worst` is the largest error of a row that was read back."""
+    """A tensor in its file; `worst` is the largest error in a row read back."""
 
     name: str
     sha256: str
@@ -72,12 +70,11 @@ def run(
     that came up.
     """
     ordered = sorted(slots, key=lambda slot: -slot.stored.size_bytes)  # lanes end together
-    with ExitStack() as stack, single_threaded() as lanes:
-        sources = {path: _opened(path, stack) for path in {slot.stored.file for slot in ordered}}
-        pool = stack.enter_context(ThreadPoolExecutor(min(lanes, LANES)))
+    with ExitStack() as stack, single_threaded() as cores:
+        pool = stack.enter_context(ThreadPoolExecutor(min(cores + 1, LANES)))
         stack.callback(pool.shutdown, cancel_futures=True)
-        ways = (Way(s.stored, sources[s.stored.file], files[s.file], s.offset) for s in ordered)
-        for written in as_completed([pool.submit(_write, way, fold) for way in ways]):
+        writing = [pool.submit(_write, slot, files[slot.file], fold) for slot in ordered]
+        for written in as_completed(writing):
             done(written.result())
 
 
@@ -92,15 +89,10 @@ def single_threaded() -> Iterator[int]:
         torch.set_num_threads(count)
 
 
-def _opened(path: Path, stack: ExitStack) -> int:
-    file = os.open(path, os.O_RDONLY)
-    stack.callback(os.close, file)
-    return file
-
-
-def _write(way: Way, fold: Callable[[Stored], Folded | None]) -> Written:
-    with torch.inference_mode():
-        folded = fold(way.stored)
+def _write(slot: Slot, target: int, fold: Callable[[Stored], Folded | None]) -> Written:
+    """One tensor; with a file descriptor of its own the kernel sees what will be read next."""
+    with torch.inference_mode(), slot.stored.file.open("rb", buffering=0) as source:
+        way, folded = Way(slot.stored, source.fileno(), target, slot.offset), fold(slot.stored)
         return _copy(way) if folded is None else _fold(way, folded)
 
 
@@ -108,7 +100,6 @@ def _copy(way: Way) -> Written:
     state = hashlib.sha256()
     for start in range(0, way.stored.size_bytes, CHUNK):
         count, place = min(CHUNK, way.stored.size_bytes - start), way.stored.offset + start
-        _announce(way, start + count)
         copy_range(way.source, place, way.target, way.offset + start, count)
         state.update(os.pread(way.source, count, place))
         forget(way.source, place, count)
@@ -125,7 +116,7 @@ def _fold(way: Way, folded: Folded) -> Written:
     for start, stop in blocks:
         rows, raised = room[: stop - start], single[: stop - start]
         _read(way, start, rows)
-        before = rows[:2].clone()
+        before = rows[:1].clone()
         raised.copy_(rows)
         folded.add(start, raised)
         _check_range(stored, raised)
@@ -135,24 +126,16 @@ def _fold(way: Way, folded: Folded) -> Written:
         write_all(way.target, data, place)
         state.update(data)
         exact = folded.exact(start, before)
-        expected = raised[:2].double() if exact is None else exact
+        expected = raised[:1].double() if exact is None else exact
         worst = max(worst, _read_back(way, place, expected, before))
         forget(way.target)
     return Written(stored.name, state.hexdigest(), worst)
 
 
 def _read(way: Way, start: int, rows: Tensor) -> None:
-    first, size = start * way.stored.row_bytes, len(rows) * way.stored.row_bytes
-    _announce(way, first + size)
-    read_into(way.source, rows, way.stored.offset + first)
-    forget(way.source, way.stored.offset + first, size)
-
-
-def _announce(way: Way, start: int) -> None:
-    """Have the kernel read what comes next of a tensor, while this thread does something else."""
-    size = min(AHEAD, way.stored.size_bytes - start)
-    if size > 0 and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(way.source, way.stored.offset + start, size, os.POSIX_FADV_WILLNEED)
+    place = way.stored.offset + start * way.stored.row_bytes
+    read_into(way.source, rows, place)
+    forget(way.source, place, len(rows) * way.stored.row_bytes)
 
 
 def forget(file: int, start: int = 0, size: int = 0) -> None:
@@ -175,7 +158,7 @@ def _check_range(stored: Stored, rows: Tensor) -> None:
 
 
 def _read_back(way: Way, place: int, exact: Tensor, before: Tensor) -> float:
-    """The error of the first rows of a block, as they are in the file now."""
+    """The error of the first row of a block, as it is in the file now."""
     found = torch.empty_like(before)
     read_into(way.target, found, place)
     error = in_last_places(found, exact, before)

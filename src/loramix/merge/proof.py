@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loramix.adapter import Adapter
 from loramix.base import Base, open_base
+from loramix.formats.aside import aside
 from loramix.merge.fold import RECIPE
 from loramix.mix import Mix
 from loramix.mixed import Gates, MixedModel
@@ -49,7 +50,8 @@ def prove(base: str | Path, merged: str | Path, adapters: Mapping[str, Adapter],
     proof = Proof(float(kl.mean()), float(kl.max()), float(_kl(served, plain).mean()))
     file = Path(merged) / RECIPE
     told = json.loads(file.read_text("utf-8")) | {"proof": asdict(proof)}
-    file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    with aside(file, replace=True) as new:
+        new.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return proof
 
 

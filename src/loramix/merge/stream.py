@@ -15,15 +15,17 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from pathlib import Path
 
 from torch import Tensor
 
-from loramix.adapter import Adapter
+from loramix.adapter import Adapter, Card
 from loramix.base import POCKET
 from loramix.errors import MergeError
 from loramix.formats.card import write_card
 from loramix.formats.hub import fetch, is_hub_id
+from loramix.formats.licences import stated_licence, strictest
 from loramix.lora import Pair
 from loramix.merge.checkpoint import ONE, Checkpoint, Stored, open_checkpoint
 from loramix.merge.files import Layout, copy_rest, kept_layout, new_layout, write_index
@@ -65,7 +67,7 @@ def merge_into(
     All updates are added in float32 and rounded once. A run that was killed is resumed by the same
     call. Raises BaseError, BaseMismatch, MergeError; `out` is then not there, or as it was.
     """
-    checkpoint, out = open_checkpoint(base), Path(out)
+    checkpoint, out = open_checkpoint(base), Path(os.path.abspath(out))
     if checkpoint.folder.resolve().is_relative_to(out.resolve()):
         raise MergeError(f"{out} holds the base itself; give another folder to write.")
     sources = {name: adapters[name] for name in recipe.mix}
@@ -82,13 +84,13 @@ def merge_into(
         return Fold(stored, mine, sources, recipe) if mine else None
 
     with staging(out, key, replace=replace) as aside:
+        aside.sweep(keep=layout.headers)
         resumed = _resumable(aside, layout)
         hashes, worst = _write(aside, layout, fold, resumed)
         copy_rest(checkpoint, aside.folder)
         if layout.headers.keys() != {ONE}:
             write_index(aside.folder, layout)
-        cards = [adapter.card for adapter in sources.values()]
-        write_card(merged_card(slug(str(recipe.mix)), recipe, cards), aside.folder)
+        write_card(_card(checkpoint, sources, recipe), aside.folder)
         write_recipe(
             aside.folder, recipe, sources, tensors=hashes, base=str(checkpoint.folder.name)
         )
@@ -101,7 +103,9 @@ def base_folder(base: str) -> Path:
         return POCKET / "base"
     if Path(base).is_dir() or not is_hub_id(base):
         return Path(base)
-    return fetch(base, files=("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"))
+    return fetch(
+        base, files=("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
+    )
 
 
 class Fold:
@@ -117,6 +121,7 @@ class Fold:
         self.stored, self.owners = stored, owners
         self.adapters, self.recipe = adapters, recipe
         self._made: tuple[Place, Outcome, View | None] | None = None
+        self._double: tuple[Tensor, Tensor] | None = None  # the A of `_made`, in float64
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Rows to fold at a time: as the methods look at them, and never of two layers."""
@@ -147,8 +152,11 @@ class Fold:
         if not isinstance(outcome, Pair) or outcome.magnitude is not None:
             return None
         at = slice(start - place.start, start - place.start + len(rows))
-        a, b = outcome.a.double(), outcome.b.double()
-        return rows.double() + (a[:, at].T @ b.T if place.transposed else b[at] @ a)
+        if place.transposed:
+            return rows.double() + outcome.a[:, at].T.double() @ outcome.b.T.double()
+        if self._double is None or self._double[0] is not outcome.a:
+            self._double = outcome.a, outcome.a.double()
+        return rows.double() + outcome.b[at].double() @ self._double[1]
 
     def _place(self, start: int) -> Place | None:
         """Of the layer that owns a row."""
@@ -177,6 +185,13 @@ def check_disk(out: Path, size_bytes: int) -> None:
             f"{place} has {free / 1e9:.1f} GB free and the merged model needs "
             f"{(size_bytes + MARGIN) / 1e9:.1f} GB; make room, or give another folder."
         )
+
+
+def _card(checkpoint: Checkpoint, sources: Mapping[str, Adapter], recipe: Recipe) -> Card:
+    """That of the merged adapter; the base's own licence counts as well."""
+    cards = [adapter.card for adapter in sources.values()]
+    card = merged_card(slug(str(recipe.mix)), recipe, cards)
+    return replaced(card, licence=strictest([card.licence, stated_licence(checkpoint.folder)]))
 
 
 def _write(
