@@ -62,10 +62,10 @@ def merge(
     """Merge a mix into one adapter, or with --into into a copy of the base; exactly."""
     hush()
     wanted = _mix(mix, where)
-    to_adapter = {"--rank": rank, "--energy": energy}
-    to_base = {"--shard-size": shard_size, "--prove": prove}
+    to_adapter: dict[str, object] = {"--rank": rank, "--energy": energy}
+    to_base: dict[str, object] = {"--shard-size": shard_size, "--prove": prove}
     if lint:
-        writing = {"--output": output, "--replace": replace}
+        writing: dict[str, object] = {"--output": output, "--replace": replace}
         _refuse(to_adapter | to_base | writing, "--lint only looks and writes nothing")
         _look(where, wanted, how, into)
         return
