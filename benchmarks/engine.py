@@ -1,7 +1,7 @@
 """Mixes in one batch: the engine against its own bare base, PEFT, transformers and llama.cpp.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/engine.py [--quick] [--json FILE] [--plot FILE]
+    python benchmarks/engine.py [--quick] [--json FILE] [--plot FILE] [--native LLAMA_SERVER]
 
 Random weights of Qwen3-0.6B's shape in bfloat16, two threads; adapters of rank 16 on all seven
 linear layers. Everybody gets the same prompts, weights and precision, in turns; medians of the
@@ -9,7 +9,8 @@ rounds. A decode rate counts the steps after the first token, so no prefill is i
 
 llama.cpp runs in processes of its own (llama.py): in ours, its OpenMP threads would be managed with
 torch's, which then stop spinning (see loramix/engine/threads.py), and each would slow the other
-down. The memory figure comes from a process that does nothing else.
+down. The wheel is built for AVX2; `--native` measures a build for this very CPU beside it, which
+native_llama.sh makes. The memory figure comes from a process that does nothing else.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ SHORT, LONG = 32, 512  # tokens of a prompt
 STEPS = 32  # decode steps that are timed
 COUNTS = (1, 2, 4, 8, 16, 32)  # requests at once
 KV_BYTES = 512 << 20  # of the engine whose memory is measured
+NATIVE = "bf16, built for this CPU"
 
 Prompts = Sequence[Sequence[int]]
 Answers = Callable[[Prompts, int], tuple[float, float]]  # -> wall and CPU seconds
@@ -175,11 +177,12 @@ def continuous_batch(model: Any) -> Callable[[Prompts, int], object]:
 class Llama:
     """llama.cpp's server in a process of its own; scales for each request."""
 
-    def __init__(self, path: Path, adapters: Sequence[Path]) -> None:
+    def __init__(self, path: Path, adapters: Sequence[Path], native: Path | None = None) -> None:
         room = BATCH * 2 * (LONG + STEPS)
         command = [sys.executable, HERE / "llama.py", path, str(BATCH), str(room), str(THREADS)]
+        command += [*adapters, *(["--native", native] if native else [])]
         self.process = subprocess.Popen(
-            [*command, *adapters], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.system = str(self._read()["system"])
 
@@ -281,7 +284,7 @@ def hot_adds(ours: LocalEngine, spare: Sequence[Adapter]) -> tuple[float, float,
     return float(max(waits)), max(gaps[quiet : end - 1]) / usual, with_it / usual
 
 
-def measure(table: Table, rounds: int, folder: Path) -> float:
+def measure(table: Table, rounds: int, folder: Path, native: Path | None) -> float:
     """Fill the table; returns the byte limit of decoding under mixes."""
     model = material.random_model()
     base_bytes = material.size_bytes(model)
@@ -289,8 +292,9 @@ def measure(table: Table, rounds: int, folder: Path) -> float:
     for adapter in adapters[:BATCH]:
         peft.write(adapter, folder / adapter.name)
         material.write_gguf_adapter(adapter, folder / f"{adapter.name}.gguf")
-    material.write_gguf(model, folder / "bf16.gguf", GGMLQuantizationType.BF16)
-    material.write_gguf(model, folder / "q8_0.gguf", GGMLQuantizationType.Q8_0)
+    plain, eight_bits = folder / "bf16.gguf", folder / "q8_0.gguf"
+    material.write_gguf(model, plain, GGMLQuantizationType.BF16)
+    material.write_gguf(model, eight_bits, GGMLQuantizationType.Q8_0)
     files = [folder / f"a{n}.gguf" for n in range(BATCH)]
 
     peer_models = [material.same_weights(model) for _ in range(3)]  # before ours wraps its layers
@@ -311,9 +315,13 @@ def measure(table: Table, rounds: int, folder: Path) -> float:
             "transformers, static batch": (timed(static_batch(peer_models[1])), short),
             "transformers, continuous": (timed(continuous_batch(peer_models[2])), short),
         },
-        "llama.cpp bf16": lambda: llama_ways("bf16", folder, files, short, one),
-        "llama.cpp Q8_0": lambda: llama_ways("q8_0", folder, files, short, one),
+        "llama.cpp bf16": lambda: llama_ways("bf16", Llama(plain, files), short, one),
+        "llama.cpp Q8_0": lambda: llama_ways("Q8_0", Llama(eight_bits, files), short, one),
     }
+    if native:
+        peers[f"llama.cpp {NATIVE}"] = lambda: llama_ways(
+            NATIVE, Llama(plain, files, native), short, one
+        )
     for peer, ready in peers.items():
         try:
             ways |= ready()
@@ -353,10 +361,8 @@ def measure(table: Table, rounds: int, folder: Path) -> float:
 
 
 def llama_ways(
-    kind: str, folder: Path, adapters: Sequence[Path], short: Prompts, one: Prompts
+    name: str, llama: Llama, short: Prompts, one: Prompts
 ) -> dict[str, tuple[Answers, Prompts]]:
-    name = {"bf16": "bf16", "q8_0": "Q8_0"}[kind]
-    llama = Llama(folder / f"{kind}.gguf", adapters)
     print(f"llama.cpp {name}: {llama.system}")
     return {
         f"llama.cpp {name}, 8 mixes": (llama.under(two_each(BATCH)), short),
@@ -404,8 +410,11 @@ def rows(table: Table, limit: float, memory: dict[str, float]) -> list[dict[str,
     for peer, target in (("PEFT, one adapter each", 2.5), ("llama.cpp bf16, 8 mixes", 2.5)):
         row("decode 8 mixes", table.ratio(eight, peer), peer, target)
     row("decode 8 mixes", table.ratio(eight, "llama.cpp Q8_0, 8 mixes"), "llama.cpp Q8_0", None)
+    native = f"llama.cpp {NATIVE}"
+    row("decode 8 mixes", table.ratio(eight, f"{native}, 8 mixes"), native, None)
     row("decode 1 mix", table.ratio(one, "ours, bare, 1"), "our bare base", 0.85)
     row("decode 1 mix", table.ratio(one, "llama.cpp bf16, 1 mix"), "llama.cpp bf16", 0.9)
+    row("decode 1 mix", table.ratio(one, f"{native}, 1 mix"), native, None)
     row("prefill 8 x 512", table.ratio("prefill, 8 mixes", "prefill, bare"), "our bare base", 0.85)
     for peer, target in (("transformers, static batch", 1.0), ("transformers, continuous", 1.3)):
         row("decode 8 bare", table.ratio("ours, bare base", peer), peer, target)
@@ -469,6 +478,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="one round instead of five")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="draw the rates here (SVG or PNG)")
+    parser.add_argument("--native", type=Path, help="a llama-server that native_llama.sh built")
     parser.add_argument("--memory", action="store_true", help="only the memory figure's parts")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -478,7 +488,7 @@ if __name__ == "__main__":
     apart = memory_apart()
     table = Table()
     with tempfile.TemporaryDirectory() as place:
-        limit = measure(table, 1 if options.quick else 5, Path(place))
+        limit = measure(table, 1 if options.quick else 5, Path(place), options.native)
     found = rows(table, limit, apart)
     for entry in found:
         target = "" if entry["target"] is None else f"(target {entry['target']})"
