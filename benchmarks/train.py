@@ -1,13 +1,14 @@
 """Training four experts: one after another with PEFT and TRL, with loramix, and in one pass.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/train.py [--quick] [--large] [--json FILE]
+    python benchmarks/train.py [--quick] [--size pocket|large] [--kept FILE] [--json FILE]
 
 Everybody gets the same weights, rows, number of steps, LoRA (rank 16 on all linear layers but the
 output), AdamW and precision (float32), two threads. Each way runs in a process of its own, in
 turns; its time counts from opening the base to the last expert, imports apart, and its memory is
-the process's peak. Tokens are those of the rows, padding not counted. `--large` adds a base of
-Qwen2.5-0.5B's widths with 4 of its 24 layers, and fewer steps.
+the process's peak beyond what its imports take. Tokens are those of the rows, padding not counted.
+`large` is a base of Qwen2.5-0.5B's widths with 4 of its 24 layers, and fewer steps. Results go to
+FILE as they come, if given: a comparison that was cut short goes on from there.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from typing import Any
 THREADS = os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 EXPERTS, RANK, RATE = 4, 16, 1e-3
+OF_WEIGHT = 16  # bytes an expert takes for each: itself, its gradient, and two of Adam's
 WAYS = {
     "peft": "PEFT + transformers Trainer, one after another",
     "trl": "TRL's SFTTrainer, one after another",
     "ours": "loramix, one after another",
     "pass": "loramix, one pass",
+    "single": "loramix, one expert of the four",
 }
 # rows of an expert, rows of a step
 SIZES = {"pocket": (96, 8), "large": (8, 4)}
@@ -78,9 +81,10 @@ def folder_of(size: str, work: Path) -> Path:
 
 
 def ours(folder: Path, experts: list[list[Any]], batch: int, together: bool) -> float:
+    """Seconds; a micro-batch has the rows of one step, with one expert and with several."""
     from loramix.adapter import Card
     from loramix.base import open_base
-    from loramix.train.config import Settings
+    from loramix.train.config import Run, Settings
     from loramix.train.data import Row
     from loramix.train.learner import Course
     from loramix.train.loop import train
@@ -95,7 +99,8 @@ def ours(folder: Path, experts: list[list[Any]], batch: int, together: bool) -> 
     ]
     groups = [courses] if together else [[course] for course in courses]
     for group in groups:
-        train(open_base(str(folder), device="cpu", dtype="float32"), group)
+        base = open_base(str(folder), device="cpu", dtype="float32")
+        train(base, group, Run(micro_rows=batch))
     return time.perf_counter() - start
 
 
@@ -170,26 +175,45 @@ def one(way: str, size: str, work: Path) -> None:
     folder = folder_of(size, work)
     count, batch = SIZES[size]
     vocabulary = min(AutoConfig.from_pretrained(folder).vocab_size, 6000)
-    experts = [rows_of(n, count, vocabulary) for n in range(EXPERTS)]
-    if way in ("ours", "pass"):
+    experts = [rows_of(n, count, vocabulary) for n in range(1 if way == "single" else EXPERTS)]
+    if way in ("ours", "pass", "single"):
         import loramix.train.loop  # noqa: F401
 
+        bare = peak_mib()
         seconds = ours(folder, experts, batch, way == "pass")
     else:
         import peft  # noqa: F401
 
         if way == "trl":
             from trl import SFTTrainer  # noqa: F401
+        bare = peak_mib()
         seconds = peers(folder, experts, batch, way, work)
     tokens = sum(len(ids) for rows in experts for ids, _ in rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "tokens": tokens, "mib": peak}))
+    print(json.dumps({"seconds": seconds, "tokens": tokens, "mib": peak_mib() - bare}))
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def expert_mib(folder: Path) -> float:
+    """What an expert takes for itself while it learns."""
+    from transformers import AutoConfig
+
+    c = AutoConfig.from_pretrained(folder)
+    head = c.hidden_size // c.num_attention_heads
+    q, kv = c.num_attention_heads * head, c.num_key_value_heads * head
+    shapes = [(q, c.hidden_size), (kv, c.hidden_size), (kv, c.hidden_size), (c.hidden_size, q)]
+    shapes += 3 * [(c.hidden_size, c.intermediate_size)]
+    weights = c.num_hidden_layers * RANK * sum(map(sum, shapes))
+    return OF_WEIGHT * weights / 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round instead of three")
-    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--size", choices=SIZES, help="one of the bases alone")
+    parser.add_argument("--kept", type=Path, metavar="FILE", help="results so far")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, metavar=("WAY", "SIZE", "WORK"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -198,33 +222,60 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
-        for size in ("pocket", "large") if given.large else ("pocket",):
-            if size == "large":
-                folder_of(size, Path(work))
-            rows += compare(size, work, rounds=1 if given.quick else 3)
+        kept = given.kept or Path(work) / "kept.jsonl"
+        for size in [given.size] if given.size else SIZES:
+            folder = folder_of(size, Path(work))
+            found = results(size, Path(work), 1 if given.quick else 3, kept)
+            rows += compared(size, found, expert_mib(folder))
     if given.json:
         given.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
 
 
-def compare(size: str, work: str, rounds: int) -> list[dict[str, Any]]:
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(rounds):
-        for way, results in found.items():
-            words = [sys.executable, "-W", "ignore", __file__, "--one", way, size, work]
+def results(size: str, work: Path, rounds: int, kept: Path) -> dict[str, list[dict[str, float]]]:
+    """Of every way, in turns; those that `kept` has are not run again, others are added to it."""
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    known = {(o["size"], o["way"], o["round"]): o["result"] for o in map(json.loads, lines)}
+    for number in range(rounds):
+        for way in WAYS:
+            if (size, way, number) in known:
+                continue
+            words = [sys.executable, "-W", "ignore", __file__, "--one", way, size, str(work)]
             done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-            results.append(json.loads(done.stdout.splitlines()[-1]))
+            result = known[size, way, number] = json.loads(done.stdout.splitlines()[-1])
+            with kept.open("a", encoding="utf-8") as file:
+                line = {"size": size, "way": way, "round": number, "result": result}
+                file.write(json.dumps(line) + "\n")
+    return {way: [known[size, way, number] for number in range(rounds)] for way in WAYS}
+
+
+def compared(
+    size: str, found: dict[str, list[dict[str, float]]], of_expert: float
+) -> list[dict[str, Any]]:
+    """The table of one base, and its rows against the targets."""
     middle = {
-        way: {key: median(result[key] for result in results) for key in results[0]}
-        for way, results in found.items()
+        way: {key: median(result[key] for result in ours) for key in ours[0]}
+        for way, ours in found.items()
     }
     slowest = middle["peft"]["seconds"]
     print(f"\n{size}: {EXPERTS} experts, {SIZES[size][0]} rows each, {SIZES[size][1]} a step")
-    print(f"{'':48} {'seconds':>8} {'tokens/s':>9} {'x peft':>7} {'peak MiB':>9}")
+    print(f"{'':48} {'seconds':>8} {'tokens/s':>9} {'x peft':>7} {'MiB':>9}")
     for way, title in WAYS.items():
         seconds, mib = middle[way]["seconds"], middle[way]["mib"]
         speed = middle[way]["tokens"] / seconds
-        print(f"{title:48} {seconds:8.1f} {speed:9.0f} {slowest / seconds:7.2f} {mib:9.0f}")
+        times = "" if way == "single" else f"{slowest / seconds:.2f}"
+        print(f"{title:48} {seconds:8.1f} {speed:9.0f} {times:>7} {mib:9.0f}")
+    rest = middle["pass"]["mib"] - EXPERTS * of_expert
+    memory = {
+        "work": f"train on {size}, memory of one pass beyond its experts' own",
+        "figure": round(rest / (middle["single"]["mib"] - of_expert), 3),
+        "unit": "x",
+        "peer": WAYS["single"],
+        "target": 1.15,
+        "better": "less",
+    }
+    print(f"memory of one pass beyond its experts' own: {memory['figure']} x one run's")
     return [
+        memory,
         _row(size, "one after another against PEFT", "peft", "ours", middle, 1.0),
         _row(size, "one after another against TRL", "trl", "ours", middle, 1.0),
         _row(

@@ -54,16 +54,17 @@ def micro_batches(
     rows: int | None = None,
     packing: bool = False,
 ) -> list[Batch]:
-    """One step of each expert, cut into batches of at most `tokens` with padding.
+    """One step of each expert, cut into batches of at most `tokens` with padding, and `rows` lines.
 
     Rows of all experts are sorted by length first, so that those of a batch pad each other little;
-    within a batch they are together again. A row longer than `tokens` has a batch of its own.
+    within a batch they are together again. Its size does not grow with the number of experts, so
+    several take no more memory than one. A row longer than `tokens` has a batch of its own.
     """
     lines = [(k, line) for k, step in enumerate(steps) for line in _lines(step, tokens, packing)]
     lines.sort(key=lambda one: -_length(one[1]))
     batches: list[list[tuple[int, list[Row]]]] = []
     for k, line in lines:
-        if not batches or not _fits(batches[-1], k, tokens, rows):
+        if not batches or not _fits(batches[-1], tokens, rows):
             batches.append([])
         batches[-1].append((k, line))
     return [_batch(batch, len(steps)) for batch in batches]
@@ -90,12 +91,10 @@ def _lines(rows: Sequence[Row], tokens: int, packing: bool) -> list[list[Row]]:
     return lines
 
 
-def _fits(
-    batch: Sequence[tuple[int, list[Row]]], expert: int, tokens: int, rows: int | None
-) -> bool:
+def _fits(batch: Sequence[tuple[int, list[Row]]], tokens: int, rows: int | None) -> bool:
     """Whether one more line fits; the first is the longest."""
-    own = sum(k == expert for k, _ in batch)
-    return (len(batch) + 1) * _length(batch[0][1]) <= tokens and (rows is None or own < rows)
+    padded = (len(batch) + 1) * _length(batch[0][1])
+    return padded <= tokens and (rows is None or len(batch) < rows)
 
 
 def _length(line: Sequence[Row]) -> int:

@@ -103,7 +103,7 @@ class Run:
     """
 
     micro_tokens: int = 8192  # of a micro-batch, padding counted
-    micro_rows: int | None = None  # at most so many rows of one expert in it
+    micro_rows: int | None = None  # at most so many in it, of whichever experts
     bf16: bool = False  # matrix products in bfloat16, weights and optimizer in float32
     checkpointing: bool = False  # keep no activations between layers; a third more time
     packing: bool = False  # short rows of one expert behind each other in one

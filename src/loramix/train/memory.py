@@ -42,7 +42,7 @@ def estimate(base: Base, settings: Sequence[Settings], run: Run, longest: int) -
     config = base.model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     size = base.dtype.itemsize
-    rows = run.micro_rows * len(settings) if run.micro_rows else run.micro_tokens // longest
+    rows = run.micro_rows or run.micro_tokens // longest
     tokens = min(run.micro_tokens, max(1, rows) * longest)
     kept = (layers + SAVED) if run.checkpointing else layers * SAVED
     logits = 3 * 4 * tokens * config.vocab_size
