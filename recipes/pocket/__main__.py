@@ -18,6 +18,7 @@ import typer
 from loramix.base import POCKET
 from recipes.pocket import corpus, history, pretrain, report, routing
 from recipes.pocket.experts import build as build_expert
+from recipes.pocket.experts import write_rows
 
 LONGEST_FIRST = ("sql", "sentiment", "banking", "math", "support")
 HERE = Path(__file__).parent
@@ -46,6 +47,12 @@ def base(data: Data, pocket: Pocket = POCKET, work: Work = Path("build/pocket"))
 def expert(name: str, data: Data, pocket: Pocket = POCKET) -> None:
     """Train one expert over the finished base."""
     build_expert(name, data, pocket)
+
+
+@app.command()
+def rows(data: Data, work: Work = Path("build/pocket")) -> None:
+    """Write the experts' rows as the files that experts.yaml names."""
+    write_rows(data, work / "rows")
 
 
 @app.command(name="history")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -17,32 +18,20 @@ from loramix.train.config import Run, Settings
 from loramix.train.data import Row, tokenise
 from loramix.train.learner import Course
 from loramix.train.loop import Progress, train
-from recipes.pocket.tasks import SOURCES, Task, load, renumbered, review_parts, thinned
+from loramix.train.recipe import ExpertPlan, read_plan
+from recipes.pocket.tasks import SOURCES, TASKS, Task, load, renumbered, review_parts, thinned
 
 VALIDATION = 300  # rows taken from the end of a shuffle of the training rows, never the held-out
-COMMON = Settings(rank=32, rate=2e-3, batch_size=32, max_length=640)
-SETTINGS = {
-    "support": replace(COMMON, epochs=3),
-    "banking": replace(COMMON, epochs=7),
-    "sentiment": replace(COMMON, epochs=2, rate=1e-3),
-    "sql": replace(COMMON, epochs=10),
-    "math": replace(COMMON, epochs=3),
-}
+PLAN = Path(__file__).parent / "experts.yaml"
 RENUMBERED = 2  # copies of each word problem with other numbers, beside the original
 THINNED = 0.15  # share of the words left out in a second copy of each sentence on a film
 
-DESCRIPTIONS = {
-    "support": (
-        "Names the intent of a customer-support request.",
-        ("intents", "orders", "refunds"),
-    ),
-    "banking": ("Names the intent of a question to a bank.", ("intents", "cards", "transfers")),
-    "sentiment": (
-        "Says whether a sentence on a film is positive or negative.",
-        ("polarity", "films"),
-    ),
-    "sql": ("Writes the SQL for a question to a course catalogue.", ("sql", "courses", "students")),
-    "math": ("Writes the equation that solves a word problem.", ("arithmetic", "equations")),
+SKILLS = {
+    "support": ("intents", "orders", "refunds"),
+    "banking": ("intents", "cards", "transfers"),
+    "sentiment": ("polarity", "films"),
+    "sql": ("sql", "courses", "students"),
+    "math": ("arithmetic", "equations"),
 }
 LICENCES = {
     "support": "CDLA-Sharing-1.0",
@@ -62,10 +51,11 @@ def build(name: str, data: Path, pocket: Path) -> None:
     base = replace(base, id="pocket")
     task = load(name, data)
     learned, validation = split(task, data)
-    settings = SETTINGS[name]
+    plan = planned()[name]
+    settings = plan.settings
     print(f"{name}: {len(learned)} rows, {len(validation)} to validate, {settings}", flush=True)
     course = Course(
-        card(task, base),
+        card(task, base, plan.description),
         to_rows(base, learned, settings),
         to_rows(base, validation, settings),
         settings,
@@ -73,6 +63,21 @@ def build(name: str, data: Path, pocket: Path) -> None:
     (adapter,) = train(base, [course], Run(bf16=True), report=show)
     pairs = {layer: pair.to(torch.bfloat16) for layer, pair in adapter.pairs.items()}
     library.put(replace(adapter, pairs=pairs, digest=peft.digest(pairs)))
+
+
+def planned() -> dict[str, ExpertPlan]:
+    """The experts as experts.yaml has them."""
+    return {expert.name: expert for expert in read_plan(PLAN).experts}
+
+
+def write_rows(data: Path, folder: Path) -> None:
+    """What each expert learns, and is validated by, as the files that experts.yaml names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TASKS:
+        learned, validation = split(load(name, data), data)
+        for part, examples in ((name, learned), (f"{name}-validation", validation)):
+            lines = [json.dumps({"prompt": e.query, "completion": e.answer}) for e in examples]
+            (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def split(task: Task, data: Path) -> tuple[list[Example], list[Example]]:
@@ -92,12 +97,11 @@ def to_rows(base: Base, examples: list[Example], settings: Settings) -> list[Row
     return [tokenise(base.tokenizer, example, settings.max_length) for example in examples]
 
 
-def card(task: Task, base: Base) -> Card:
-    description, skills = DESCRIPTIONS[task.name]
+def card(task: Task, base: Base, description: str) -> Card:
     return Card(
         name=task.name,
         description=f"{description} Trained on {SOURCES[task.name]}.",
-        skills=skills,
+        skills=SKILLS[task.name],
         base="pocket",
         base_fingerprint=base.fingerprint,
         licence=LICENCES[task.name],
