@@ -1,4 +1,5 @@
-# `make run` answers real queries with the model inside the package; `make test` runs the tests;
+# `make run` serves the model inside the package, asks it real queries, and stays up with the chat
+# page; `make test` runs the tests; `make browser` those in a browser;
 # `make check` is everything a change must pass. Each sets up .venv by itself, once.
 # Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes torch's download small.
 
@@ -6,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: run test lint check clients readme clean
+.PHONY: run test lint check clients browser readme clean
 
 run: $(READY)
 	@$(BIN)/loramix demo
@@ -26,6 +27,9 @@ clients: $(READY)
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --requirement tests/serve/clients.txt
 	$(BIN)/pytest -m clients
+
+browser: $(READY)
+	$(BIN)/pytest -m browser
 
 readme: $(READY)
 	$(BIN)/python docs/refresh.py README.md

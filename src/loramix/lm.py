@@ -243,9 +243,9 @@ def own_library() -> Path:
     return _own_data() / "library"
 
 
-def own_database() -> str:
+def own_database(name: str = "loramix.db") -> str:
     """Where keys and conversations are: $LORAMIX_DATABASE, or a file in the user's data folder."""
-    return os.environ.get("LORAMIX_DATABASE") or f"sqlite:///{_own_data() / 'loramix.db'}"
+    return os.environ.get("LORAMIX_DATABASE") or f"sqlite:///{_own_data() / name}"
 
 
 def _own_data() -> Path:

@@ -51,10 +51,10 @@ def serve(
     settings = _settings(file, [*(assignments or ()), *given])
     if not insecure:
         _require_loopback(settings)
-    with _listening(settings.host, settings.port) as door:
+    with listening(settings.host, settings.port) as door:
         from loramix.serve.logs import log_to
 
-        service = _opened(settings, insecure=insecure)
+        service = opened_service(settings, insecure=insecure)
         with closing(service):
             log_to(Path(settings.log_file) if settings.log_file else None)
             made, url = made_for(door, service, page=settings.page)
@@ -107,7 +107,7 @@ def run_one(
     elif file or assignments:
         raise SettingsError("--url asks a running server, which has its settings; leave -f out.")
     else:
-        answer = _over_http(url, request)
+        answer = over_http(url, request)
     if as_json:
         typer.echo(json.dumps(answer, ensure_ascii=False))
         return
@@ -139,7 +139,7 @@ def _settings(files: Sequence[Path] | None, assignments: Sequence[str] | None) -
     return load(files or ([DEFAULT] if DEFAULT.exists() else []), assignments or ())
 
 
-def _opened(settings: Settings, *, insecure: bool = False) -> Any:
+def opened_service(settings: Settings, *, insecure: bool = False) -> Any:
     from loramix.cli.opening import hush, import_quickly, no_collection, notice
     from loramix.serve.opening import open_service
 
@@ -169,7 +169,7 @@ def _require_loopback(settings: Settings) -> None:
             )
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -200,7 +200,7 @@ def _in_process(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
 
     from loramix.serve.app import create_app
 
-    service = _opened(settings)
+    service = opened_service(settings)
 
     async def ask() -> httpx2.Response:
         transport = httpx2.ASGITransport(create_app(service))
@@ -211,7 +211,7 @@ def _in_process(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
         return _answer(asyncio.run(ask()))
 
 
-def _over_http(url: str, request: dict[str, Any]) -> dict[str, Any]:
+def over_http(url: str, request: dict[str, Any]) -> dict[str, Any]:
     import httpx2
 
     key = os.environ.get("LORAMIX_API_KEY", "")
