@@ -97,14 +97,16 @@ def learn(
 ) -> Outcome:
     """Train a plan's experts in one pass, put them on the shelf, refit the router, and judge.
 
-    A plan that is to overwrite begins anew, unless `resume`: then it goes on from its checkpoint.
+    A plan that is to overwrite begins anew, unless `resume`: then it goes on from its checkpoint,
+    and an expert that it had put on the shelf already is the one it puts there again.
     Raises AdapterError before anything is learned if the library has one of these names and the
     plan is not to overwrite it, TrainError, and Stopped.
     """
     shelf = shelf_of(plan)
-    _check_names(plan, shelf)
-    if plan.overwrite and not resume:
-        _forget(plan.output)
+    if not resume:
+        check_names(plan, shelf)
+        if plan.overwrite:
+            _forget(plan.output)
     log = TrainerLog(plan.output / LOG, every=plan.log_every)
 
     def told(progress: Progress) -> None:
@@ -119,7 +121,8 @@ def learn(
     judged = [_judged(base, m, adapters, router) for m in materials if m.validation]
     scores = {one.name: one for one in judged}
     for adapter in adapters:
-        shelf.put(_scored(adapter, scores.get(adapter.name)), replace=plan.overwrite)
+        mine = plan.overwrite or (resume and _is_there(adapter, shelf))
+        shelf.put(_scored(adapter, scores.get(adapter.name)), replace=mine)
     notes = []
     if router:
         router.save(shelf.folder / ROUTER)
@@ -203,13 +206,18 @@ def _course(material: Material, base: Base) -> Course:
     return Course(card, rows, validation, expert.settings)
 
 
-def _check_names(plan: Plan, shelf: Library) -> None:
+def check_names(plan: Plan, shelf: Library) -> None:
+    """AdapterError if the library has one of the names and the plan is not to overwrite it."""
     taken = sorted({expert.name for expert in plan.experts} & {*shelf.names()})
     if taken and not plan.overwrite:
         raise AdapterError(
             f"The library {shelf.folder} has {', '.join(taken)} already; give another name, or "
             f"overwrite it (overwrite_output_dir=true)."
         )
+
+
+def _is_there(adapter: Adapter, shelf: Library) -> bool:
+    return adapter.name in shelf.names() and shelf.load(adapter.name).digest == adapter.digest
 
 
 def _forget(output: Path) -> None:

@@ -36,6 +36,13 @@ def form(schema):
 
 
 BAD = [
+    # trainings: the rest is in test_jobs.py and test_datasets.py
+    (("/v1/jobs", {}), 400, "config: field required"),
+    (("/v1/jobs", {"config": []}), 400, "config"),
+    (("/v1/jobs", {"config": {}, "wait": True}), 400, "wait"),
+    (("/v1/jobs", {"config": {"name": "x"}}), 400, "does not train"),
+    (("/v1/jobs/x/stop", {}), 400, "keeps nothing"),
+    (("/v1/datasets/x/file", {}), 400, "does not train"),
     # which mix
     (chat(model="nobody"), 404, "No adapter 'nobody'"),
     (chat(model="bankin"), 404, "Did you mean 'banking'"),

@@ -21,6 +21,7 @@ from loramix.lm import own_database, own_library
 if TYPE_CHECKING:
     from loramix.store import Store
     from loramix.store.records import Job
+    from loramix.train.recipe import Plan
 
 jobs = typer.Typer(help="Follow, stop and resume detached trainings.")
 Id = Annotated[str, Argument(help="The job's id, or how it begins.")]
@@ -118,24 +119,40 @@ def delete(id: Id) -> None:
 @jobs.command(hidden=True)
 def run(id: str, resume: Annotated[bool, Option("--resume")] = False) -> None:
     """Be a job's process; how it ends is written to its record."""
+    from loramix.detached import heed, turn
+
     with _store() as store:
-        if not store.jobs.start(id, os.getpid()):
-            raise Conflict(f"The job {id[:8]} does not wait to be run; use `loramix jobs resume`.")
-        try:
-            os.chdir(store.jobs.get(id).settings["folder"])
-            _train(store.jobs.get(id).settings, resume=resume)
-        except BaseException as error:
-            _record(store, id, error)
-            raise
-        store.jobs.end(id, "done")
+        job = store.jobs.get(id)
+        heed(job)
+        with turn(job):
+            if not store.jobs.start(id, os.getpid()):
+                raise Conflict(f"The job {id[:8]} does not wait to run; use `loramix jobs resume`.")
+            try:
+                _train(job, resume=resume)
+            except BaseException as error:
+                _record(store, id, error)
+                raise
+            store.jobs.end(id, "done")
 
 
-def _train(settings: Mapping[str, Any], *, resume: bool) -> None:
-    from loramix.cli.train import planned, work
+def _train(job: Job, *, resume: bool) -> None:
+    from loramix.cli.train import work
+    from loramix.train.feed import EVENTS, Feed
 
+    os.chdir(job.settings["folder"])
+    work(_plan(job), resume=resume, feed=Feed(Path(job.folder) / EVENTS))
+
+
+def _plan(job: Job) -> Plan:
+    """What a job is to train: a server's keys of a training file, or a command line's words."""
+    from loramix.cli.train import planned
+    from loramix.train.recipe import plan
+
+    settings = job.settings
+    if "config" in settings:
+        return plan({**settings["config"], "output_dir": str(Path(job.folder) / "training")})
     data, library = (settings[key] and Path(settings[key]) for key in ("data", "library"))
-    found = planned(settings["words"], data, settings["name"], settings["base"], library)
-    work(found, resume=resume)
+    return planned(settings["words"], data, settings["name"], settings["base"], library)
 
 
 def _record(store: Store, id: str, error: BaseException) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from loramix.train.recipe import Plan, plan, read_plan
 if TYPE_CHECKING:
     from loramix.base import Base
     from loramix.jobs import Judged, Material, Outcome
+    from loramix.train.feed import Feed
     from loramix.train.loop import Progress
 
 # What `--data` alone means: settings that suit some hundred rows, and a tenth of them held out.
@@ -82,8 +83,18 @@ def planned(
     return found if library is None else replace(found, library=library)
 
 
-def work(found: Plan, *, dry_run: bool = False, preview: int = 0, resume: bool = False) -> None:
-    """Do what was planned, telling how it goes; `resume` keeps the checkpoints in any case."""
+def work(
+    found: Plan,
+    *,
+    dry_run: bool = False,
+    preview: int = 0,
+    resume: bool = False,
+    feed: Feed | None = None,
+) -> None:
+    """Do what was planned, telling how it goes; `resume` keeps the checkpoints in any case.
+
+    `feed` is told what the terminal is, for those who follow from elsewhere.
+    """
     hush(bars=sys.stderr.isatty() and found.base != "pocket")
     from loramix.jobs import gather, learn, open_planned
     from loramix.train.memory import estimate, num_trained
@@ -104,10 +115,27 @@ def work(found: Plan, *, dry_run: bool = False, preview: int = 0, resume: bool =
     if dry_run:
         _print_plan(found, materials, [num_trained(opened, one) for one in settings])
         return
-    with _stopping() as stopped, _bars() as report:
+    with _stopping() as stopped, _bars() as shown:
         run = replace(found.run, stopped=stopped)
-        outcome = learn(replace(found, run=run), opened, materials, report, resume=resume)
+        report, tell = _told(shown, feed)
+        outcome = learn(replace(found, run=run), opened, materials, report, tell, resume=resume)
+    if feed:
+        feed.tell("judged", experts=[asdict(one) for one in outcome.judged])
     _print_outcome(outcome)
+
+
+def _told(
+    shown: Callable[[Progress], None], feed: Feed | None
+) -> tuple[Callable[[Progress], None], Callable[[str], None]]:
+    """Where steps and lines of what is done go: the terminal, and the feed if there is one."""
+    if feed is None:
+        return shown, lambda line: None
+
+    def report(progress: Progress) -> None:
+        shown(progress)
+        feed.progress(progress)
+
+    return report, lambda line: feed.tell("note", text=line)
 
 
 def _plan(words: list[str], data: Path | None, name: str | None, base: str) -> Plan:
@@ -234,6 +262,8 @@ def _bars() -> Iterator[Any]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    from loramix.train.memory import used_bytes
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -248,7 +278,10 @@ def _bars() -> Iterator[Any]:
             known = tasks.get(progress.name)
             if known is None:
                 known = tasks[progress.name] = bars.add_task(progress.name, total=1, told="")
-            told = f"loss {progress.loss:.3f}, {progress.tokens_per_s:,.0f} tokens/s"
+            told = (
+                f"loss {progress.loss:.3f}, {progress.tokens_per_s:,.0f} tokens/s, "
+                f"{used_bytes() / 2**20:,.0f} MiB"
+            )
             bars.update(known, completed=progress.step, total=progress.num_steps, told=told)
 
         yield report

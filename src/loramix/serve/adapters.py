@@ -33,6 +33,7 @@ from loramix.mix import Mix, check_name
 from loramix.serve.answering import check_system
 from loramix.serve.failures import Plain, body
 from loramix.serve.naming import model_mix, scaled
+from loramix.serve.roots import inside
 from loramix.serve.service import ADMIN, Asking, Service, Serving
 from loramix.serve.wire import LoraScale, Text, Wire
 
@@ -97,7 +98,8 @@ async def load(asked: LoadAsked, service: Serving) -> Response:
             f"in place, set 'load_inplace' to True.",
         )
     replace = asked.load_inplace or name in service.live.hidden
-    await _take_in(service, _inside(asked.lora_path, service.roots), name, replace=replace)
+    folder = inside(asked.lora_path, service.roots, "lora_path")
+    await _take_in(service, folder, name, replace=replace)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -275,18 +277,6 @@ def _kept() -> Iterator[None]:
         if isinstance(error.__cause__, OSError):
             raise StorageFailed(str(error)) from error
         raise
-
-
-def _inside(path: str, roots: tuple[Path, ...]) -> Path:
-    """A client's path, if it lies in a root; what it links to must, too."""
-    for root in roots:
-        place = (root / path).resolve()
-        if place.is_relative_to(root.resolve()) and place.exists():
-            return place
-    raise BadRequest(
-        f"lora_path is {path[:200]!r}, which is no folder inside this server's roots; put the "
-        f"adapter there, or upload it."
-    )
 
 
 def _body(card: Card, service: Service) -> CardBody:

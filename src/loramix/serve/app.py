@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
+from types import ModuleType
 
 import uvicorn
 from fastapi import Depends, FastAPI
@@ -44,7 +46,7 @@ def create_app(service: Service) -> FastAPI:
         dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key."))],
     )
     app.state.service = service
-    for part in (openai, adapters, routing, conversations, workflows, metrics):
+    for part in (openai, adapters, routing, conversations, workflows, metrics, *_training()):
         app.include_router(part.router)
     app.add_middleware(Access, service=service)
     if service.cors:
@@ -59,12 +61,22 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
+def _training() -> tuple[ModuleType, ...]:
+    """Jobs are processes that hold locks, which Windows has none of that would do."""
+    if os.name == "nt":
+        return ()
+    from loramix.serve import datasets, jobs
+
+    return datasets, jobs
+
+
 class Server(uvicorn.Server):
     """Ends in two steps: answers under way may go on for a while, then each gets a last event."""
 
     def __init__(self, service: Service, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._service = service
+        self._watching: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -85,12 +97,18 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_default_executor(workers)
         await asyncio.to_thread(runs.abandon, self._service)
         await super().startup(sockets)
+        if self._service.training:
+            from loramix.serve.following import watch
+
+            self._watching = asyncio.create_task(watch(self._service))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.live.is_ending = True
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
         await runs.ended(self._service)
+        if self._watching:
+            await asyncio.gather(self._watching, return_exceptions=True)
         ending.cancel()
 
     async def _end(self) -> None:

@@ -16,7 +16,8 @@ from loramix.serve.service import Service, Trip
 
 log = logging.getLogger("loramix.serve")
 
-UPLOADS = re.compile(r"/v1/adapters/[^/]+/files")
+ADAPTERS = re.compile(r"/v1/adapters/[^/]+/files")
+DATASETS = re.compile(r"/v1/datasets/[^/]+/file")
 _TRACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -59,7 +60,9 @@ class Door:
 
     def _limit(self, path: str) -> int:
         limits = self._service.limits
-        return limits.upload_bytes if UPLOADS.fullmatch(path) else limits.body_bytes
+        if DATASETS.fullmatch(path):
+            return limits.dataset_bytes
+        return limits.upload_bytes if ADAPTERS.fullmatch(path) else limits.body_bytes
 
     def _note(self, scope: Scope, trip: Trip, status: int) -> None:
         route = getattr(scope.get("route"), "path", "unknown")

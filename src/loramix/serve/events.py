@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any, TypeVar
 
 from fastapi import Response
@@ -40,12 +40,15 @@ class EventStream(Response):
         trip: Trip,
         events: AsyncGenerator[bytes],
         headers: Mapping[str, str],
+        *,
+        is_endless: bool = False,  # not an answer: no request's time holds for it
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-cache"})
         del self.headers["content-length"]
         self._service = service
         self._trip = trip
         self._events = events
+        self._is_endless = is_endless
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await while_connected(receive, self._write(send))
@@ -53,7 +56,7 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         begun = False
         try:
-            async with in_time(self._service, self._trip), aclosing(self._events) as events:
+            async with self._in_time(), aclosing(self._events) as events:
                 async for data in events:
                     if not begun:
                         begun = True
@@ -66,6 +69,9 @@ class EventStream(Response):
             last = event(failure(error)) + DONE
             await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _in_time(self) -> AbstractAsyncContextManager[Any]:
+        return nullcontext() if self._is_endless else in_time(self._service, self._trip)
 
     def _start(self) -> dict[str, Any]:
         return {

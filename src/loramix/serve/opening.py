@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loramix.adapter import Adapter
 from loramix.errors import AdapterError, LoramixError, SettingsError, UnknownAdapter
@@ -13,10 +15,14 @@ from loramix.formats.config import interpret, load_config
 from loramix.formats.folder import CONFIG, find_weights
 from loramix.formats.hub import is_hub_id
 from loramix.library import Library
-from loramix.lm import check_mix, has_router
+from loramix.lm import check_mix, has_router, own_library
 from loramix.mix import Mix
 from loramix.serve.service import Live, Service
 from loramix.serve.settings import AdapterSettings, BaseSettings, Settings
+
+if TYPE_CHECKING:
+    from loramix.base import Base
+    from loramix.serve.training import Training
 
 
 def problems(settings: Settings) -> list[str]:
@@ -33,8 +39,9 @@ def open_service(settings: Settings, *, insecure: bool = False) -> Service:
     for error in _problems(settings):
         raise error
     shelf, base = settings.shelf, settings.model
+    url = settings.database or lm.own_database()
     with ExitStack() as opened:
-        store = opened.enter_context(Store.open(settings.database or lm.own_database()))
+        store = opened.enter_context(Store.open(url))
         for key in settings.keys:
             store.keys.put(**key.model_dump())
         for adapter in settings.all_adapters:
@@ -62,11 +69,29 @@ def open_service(settings: Settings, *, insecure: bool = False) -> Service:
         store,
         insecure=insecure,
         limits=settings.limits.limits(),
+        training=_training(settings, url, model.engine.base),
         roots=tuple(Path(root).resolve() for root in settings.roots),
         log_prompts=settings.log_prompts,
         cors=settings.cors,
         system_prompts={a.name: a.system_prompt for a in settings.all_adapters if a.system_prompt},
         live=Live(default=settings.mix),
+    )
+
+
+def _training(settings: Settings, url: str, base: Base) -> Training | None:
+    if os.name == "nt":
+        return None
+    from loramix.serve.training import Training
+
+    model = settings.model.model
+    folder = Path(settings.training) if settings.training else own_library().parent
+    return Training(
+        folder=folder.absolute(),
+        database=url,
+        model=str(Path(model).absolute()) if Path(model).is_dir() else model,
+        base=base,
+        revision=settings.model.revision,
+        refits=settings.router.kind == "auto",
     )
 
 

@@ -6,19 +6,21 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
 from loramix.errors import NotAllowed, ServeError, UnknownAdapter
-from loramix.lm import LM, has_router
+from loramix.lm import LM, has_router, load_router
 from loramix.mix import Mix
 from loramix.serve.limits import Limits
 from loramix.serve.meter import Meter
 from loramix.serve.prompts import CardPrompts
 
 if TYPE_CHECKING:
+    from loramix.serve.training import Training
     from loramix.store import Store
 
 
@@ -31,6 +33,7 @@ class Live:
     hidden: set[str] = field(default_factory=set)  # adapters that were unloaded, not deleted
     prompts: CardPrompts = field(default_factory=CardPrompts)
     is_ending: bool = False
+    beginning: Lock = field(default_factory=Lock)  # of jobs: one after the other
     writes: set[asyncio.Task[Any]] = field(default_factory=set)  # of answers that were stopped
     runs: dict[str, asyncio.Task[Any]] = field(default_factory=dict)  # workflow tasks at work here
     started: int = field(default_factory=lambda: int(time()))
@@ -48,6 +51,7 @@ class Service:
     store: Store | None = None  # where conversations and keys are; None keeps nothing
     limits: Limits = Limits()
     roots: tuple[Path, ...] = ()  # folders from which adapters may be loaded by path
+    training: Training | None = None  # None: this server does not train
     log_prompts: bool = False
     insecure: bool = False  # other machines are let in even without keys
     cors: tuple[str, ...] = ()  # origins whose pages may call
@@ -67,6 +71,18 @@ class Service:
         if self.store is None:
             raise ServeError("This server keeps nothing; start it with a database.")
         return self.store
+
+    @property
+    def trains(self) -> Training:
+        """Where it trains; ServeError if it does not."""
+        if self.training is None:
+            raise ServeError("This server does not train; start it with `loramix serve`.")
+        return self.training
+
+    def reload_router(self) -> None:
+        """Route by the library's router as it is now, unless the settings have another."""
+        if self.training and self.training.refits and has_router(self.lm.library):
+            self.lm.router = load_router(self.lm.library)
 
     @property
     def default_mix(self) -> str:

@@ -142,6 +142,8 @@ class LimitSettings(Section):
 
     body_bytes: int | None = Field(default=None, ge=1)
     upload_bytes: int | None = Field(default=None, ge=1)
+    dataset_bytes: int | None = Field(default=None, ge=1)
+    dataset_rows: int | None = Field(default=None, ge=1)
     answer_tokens: int | None = Field(default=None, ge=1)
     n: int | None = Field(default=None, ge=1, le=128)
     timeout_s: float | None = Field(default=None, gt=0)
@@ -190,6 +192,7 @@ class Settings(Section):
     keys: tuple[KeySettings, ...] = Field((), strict=False)  # beside those of the database
     cors: tuple[str, ...] = Field((), strict=False)  # origins whose pages may call
     database: str | None = None  # URL; $LORAMIX_DATABASE, or a file of yours
+    training: str | None = None  # folder of datasets and jobs; beside your library
     log_file: str | None = None  # beside stderr; `loramix logs` reads it
     log_prompts: bool = False
 

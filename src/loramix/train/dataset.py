@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,9 +47,21 @@ def load(path: Path, shape: Shape | None = None, *, max_rows: int | None = None)
     """The rows of a file, in the shape that their columns suggest if none is given."""
     samples: list[Sample] = []
     problems: list[Problem] = []
-    for found in read(path):
+    for found in conversations(path, shape):
         if isinstance(found, Problem):
             problems.append(found)
+        else:
+            samples.append(found)
+        if max_rows is not None and len(samples) >= max_rows:
+            break
+    return Loaded(samples, problems)
+
+
+def conversations(path: Path, shape: Shape | None = None) -> Iterator[Sample | Problem]:
+    """The rows of a file one by one, each as a sample or as what is wrong with it."""
+    for found in read(path):
+        if isinstance(found, Problem):
+            yield found
             continue
         line, row = found
         if shape is None and isinstance(row, dict):
@@ -58,24 +70,21 @@ def load(path: Path, shape: Shape | None = None, *, max_rows: int | None = None)
             if shape is None:
                 raise Unfit(f"a {type(row).__name__}; expected an object with columns")
             example, tools = shape.conversation(row)
-            samples.append(Sample(example, path.name, line, tools))
+            yield Sample(example, path.name, line, tools)
         except Unfit as error:
-            problems.append(Problem(line, str(error)))
-        if max_rows is not None and len(samples) >= max_rows:
-            break
-    return Loaded(samples, problems)
+            yield Problem(line, str(error))
 
 
 def load_named(names: Sequence[str], folder: Path, *, max_rows: int | None = None) -> Loaded:
     """Datasets of a folder's dataset_info.json, one after the other."""
-    registry = _registry(folder)
+    known = registry(folder)
     parts = []
     for name in names:
-        if name not in registry:
-            close = difflib.get_close_matches(name, registry, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(registry)}."
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}."
             raise TrainError(f"No dataset {name!r} in {folder / REGISTRY}; {hint}")
-        parts.append(_entry(name, registry[name], folder, max_rows))
+        parts.append(_entry(name, known[name], folder, max_rows))
     return Loaded(
         [sample for part in parts for sample in part.samples],
         [problem for part in parts for problem in part.problems],
@@ -157,7 +166,8 @@ def _key(sample: Sample, seed: int) -> str:
     return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
 
-def _registry(folder: Path) -> dict[str, Any]:
+def registry(folder: Path) -> dict[str, Any]:
+    """The entries of a folder's dataset_info.json. Raises TrainError."""
     file = folder / REGISTRY
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from loramix.base import Base
 from loramix.train.config import Run, Settings
@@ -28,6 +31,21 @@ class Estimate:
         parts = (("base", self.base), ("experts", self.experts), ("activations", self.activations))
         listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts)
         return f"about {self.total / 2**20:,.0f} MiB ({listed})"
+
+
+def used_bytes() -> int:
+    """The most that this process has used so far: of the GPU's memory if there is one, else of RAM.
+
+    Zero where the system does not tell.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def num_trained(base: Base, settings: Settings) -> int:
