@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +16,7 @@ from loramix.cli.opening import hush, notice
 from loramix.errors import BadRequest
 from loramix.train.dataset import MAX_BAD, Loaded, Sample, accepted, listed, load, to_rows
 
-data = typer.Typer(help="Check, preview and convert files of training rows.")
+data = typer.Typer(help="Check, preview, convert and generate files of training rows.")
 File = Annotated[Path, typer.Argument(help="JSON, JSON lines, CSV, parquet or text; may be .gz.")]
 Base = Annotated[str, typer.Option(help="Whose tokenizer and chat template.")]
 MaxBad = Annotated[float, typer.Option(help="Share of the rows that may be bad.")]
@@ -83,6 +86,60 @@ def convert(file: File, output: Path, max_bad: MaxBad = MAX_BAD) -> None:
     if loaded.problems:
         typer.echo(f"Left out: {listed(loaded.problems)}.", err=True)
     typer.echo(f"{len(samples)} rows in {output}")
+
+
+@data.command("generate")
+def generate_(
+    output: Annotated[Path, typer.Argument(help="New file of JSON lines.")],
+    topic: Annotated[str, typer.Option(help="What the rows are about.")],
+    n: Annotated[int, typer.Option("--n", help="Rows.")],
+    endpoint: Annotated[str | None, typer.Option(help="http://HOST:PORT/v1 that writes.")] = None,
+    model: Annotated[str | None, typer.Option(help="Its model; else its own choice.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base that writes, instead.")] = None,
+    seed: Annotated[int, typer.Option(help="Other seeds, other rows.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
+) -> None:
+    """Have a model write rows about a topic; a run that was cut off goes on where it was."""
+    from loramix.endpoint import Endpoint
+    from loramix.generate import diversity, generate
+
+    if (endpoint is None) == (base is None) or (model and base):
+        raise BadRequest("Give --endpoint, with --model if it has several, or else --base.")
+    writing = nullcontext(Endpoint(endpoint, model, max_tokens)) if endpoint else None
+    with writing or _written_by(str(base), max_tokens) as write:
+        journal = generate(topic, n, write, output, seed=seed, told=_count(n))
+    found, dropped = diversity(journal.rows[:n]), journal.dropped.most_common()
+    typer.echo(f"{found.num_rows} rows in {output}, of {journal.num_requests} requests")
+    typer.echo(f"{'dropped':24} {', '.join(f'{why} {times}' for why, times in dropped) or 'none'}")
+    typer.echo(f"{'new pairs of words':24} {found.distinct_pairs:.0%}")
+    typer.echo(f"{'openings of their own':24} {found.openings:.0%}")
+    typer.echo(f"{'words shared with nearest':24} {found.nearest:.0%}")
+    typer.echo(f"{'words of an answer':24} {found.mean_words:.1f}")
+
+
+@contextmanager
+def _written_by(base: str, max_tokens: int) -> Iterator[Callable[[str, int], str]]:
+    """A base opened here, as a writer."""
+    hush()
+    from loramix import lm
+    from loramix.engine import Sampling
+
+    with notice(f"Opening {base} ..."):
+        opened = lm.open(base, router=False)
+    with opened:
+
+        def write(prompt: str, seed: int) -> str:
+            how = Sampling(temperature=0.9, seed=seed, max_tokens=max_tokens, fit=True)
+            return opened.ask(prompt, "base", sampling=how).text
+
+        yield write
+
+
+def _count(n: int) -> Callable[[int], None]:
+    """A count of rows that a terminal shows in place."""
+    if not sys.stderr.isatty():
+        return lambda num_rows: None
+    return lambda num_rows: typer.echo(f"\r{num_rows} of {n} rows", err=True, nl=num_rows == n)
 
 
 def _row(sample: Sample) -> dict[str, Any]:
