@@ -16,7 +16,7 @@ import torch
 import typer
 
 from loramix.base import POCKET
-from recipes.pocket import corpus, history, pretrain, report, routing
+from recipes.pocket import corpus, history, pretrain, report, routing, turns
 from recipes.pocket.experts import build as build_expert
 from recipes.pocket.experts import write_rows
 
@@ -59,6 +59,12 @@ def rows(data: Data, work: Work = Path("build/pocket")) -> None:
 def history_command(data: Data, pocket: Pocket = POCKET, rows: int = 200) -> None:
     """Compare answers over an exact and a kept history."""
     history.run(data, pocket, rows)
+
+
+@app.command(name="turns")
+def turns_command(data: Data, pocket: Pocket = POCKET, count: int = 500) -> None:
+    """Count how often the second turn of a conversation is routed right."""
+    turns.run(data, pocket, count)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ from loramix.route.gate import GateRouter
 from loramix.route.neighbours import Neighbours
 from loramix.route.ngrams import words
 from loramix.route.rows import Rows, read
+from loramix.route.turns import follow, user_turns
 
 NEAR = {False: 0.6, True: 0.8}  # least cosine of a correction that acts: n-grams, sentence vectors
 TIE = 1e-4  # a stored example as near as a correction, perhaps the same text, gives way to it
@@ -144,7 +146,8 @@ class FeedbackLog:
 class CorrectedRouter:
     """A router with the corrections beside it; a line added by any process acts on the next query.
 
-    Corrections act on the last user turn. Where there are some, a query is embedded once more.
+    What was corrected follows no earlier turn, and later ones may follow it. Where there are
+    corrections a query is embedded once more.
     """
 
     def __init__(self, gate: GateRouter, log: FeedbackLog) -> None:
@@ -162,12 +165,16 @@ class CorrectedRouter:
 
     def route(self, messages: Sequence[Message]) -> Decision:
         """As the gate, unless a correction is near. Raises RouteError."""
-        decision = self.gate.route(messages)
+        started = time.perf_counter()
+        decision = follow(self.decide, self.gate.information, user_turns(messages))
+        return replace(decision, latency_ms=(time.perf_counter() - started) * 1e3)
+
+    def decide(self, query: str) -> Decision:
+        """The decision on one text, whatever came before it."""
         exemplars = self._read
         if exemplars.state != self.log.state:
             self._read = exemplars = _Exemplars.of(self.gate, self.log)
-        query = next(m.content for m in reversed(messages) if m.role == "user")
-        return exemplars.correct(self.gate, query, decision)
+        return exemplars.correct(self.gate, query, self.gate.decide(query))
 
     def correct(self, text: str, right: str | None) -> Correction:
         """Keep a correction; it acts from now on. Raises UnknownAdapter, RouteError."""
@@ -206,7 +213,8 @@ class _Exemplars:
             f"({self.known[last].id})"
         )
         mix = Mix({right: 1}) if right else Mix()
-        return replace(decision, mix=mix, reasons=(reason, *decision.reasons))
+        reasons, id = (reason, *decision.reasons), self.known[last].id
+        return replace(decision, mix=mix, reasons=reasons, correction=id)
 
     def _nearest(self, gate: GateRouter, query: str) -> tuple[int | None, float]:
         """Which correction decides, if one does, and its cosine; the newest of the same words."""

@@ -18,6 +18,7 @@ from loramix.chat import Message
 from loramix.errors import LoramixError, RouteError
 from loramix.mix import Mix, check_name
 from loramix.route import Decision
+from loramix.route.turns import user_turns
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class FixedRouter:
     def route(self, messages: Sequence[Message]) -> Decision:
         """The mix. Raises RouteError without a user turn, as every router does."""
         started = time.perf_counter()
-        _query(messages)
+        user_turns(messages)
         return _decided(self.mix, self.adapters, ("fixed: every query",), started)
 
     def scores(self, queries: Sequence[str]) -> list[list[float]]:
@@ -77,7 +78,7 @@ class RulesRouter:
     def route(self, messages: Sequence[Message]) -> Decision:
         """By the last user turn; the empty mix where no pattern is found. Raises RouteError."""
         started = time.perf_counter()
-        found = self._found(_query(messages))
+        found = self._found(user_turns(messages)[-1])
         mix = Mix({name: 1 / len(found) for name, _ in found})
         reasons = tuple(f"{name}: has {text!r}" for name, text in found)
         return _decided(mix, self.adapters, reasons or ("base: no rule is met",), started)
@@ -105,13 +106,6 @@ def _rule(path: Path, name: Any, patterns: Any) -> tuple[str, re.Pattern[str]]:
         return check_name(name), re.compile(rf"(?<!\w)(?:{joined})(?!\w)", re.IGNORECASE)
     except (re.error, LoramixError, TypeError) as error:
         raise RouteError(f"{path}: the rule of {name} is wrong: {_flat(error)}") from None
-
-
-def _query(messages: Sequence[Message]) -> str:
-    query = next((m.content for m in reversed(messages) if m.role == "user"), None)
-    if query is None:
-        raise RouteError("No user message to route on; a conversation needs one at least.")
-    return query
 
 
 def _decided(

@@ -26,7 +26,7 @@ import numpy as np
 from loramix.chat import Message
 from loramix.errors import RouteError, UnknownAdapter
 from loramix.mix import Mix
-from loramix.route import Decision, to_mix
+from loramix.route import Decision, Near, to_mix
 from loramix.route.abstain import (
     NEIGHBOURS,
     SIGNS,
@@ -46,16 +46,21 @@ from loramix.route.halves import Halves, cut
 from loramix.route.learn import calibrate, fit_gate, store
 from loramix.route.neighbours import Neighbours, best
 from loramix.route.ngrams import Floats, NgramEncoder, words
+from loramix.route.reasons import information, nearest, quoted, strongest
 from loramix.route.rows import Rows, collect, read
 from loramix.route.softmax import log_softmax
+from loramix.route.turns import follow, user_turns
 
-COLD = 5  # an adapter with fewer examples than this is marked cold
+COLD = 20  # an adapter with fewer examples is marked cold; `suggest` asks for as many
 MIX_TEMPERATURE = 0.5  # a second adapter joins when its probability is near the first's
 
 
 @dataclass(frozen=True, eq=False)
 class GateRouter:
-    """Routes a conversation by its last user turn; it never changes, `add` gives a new router."""
+    """Routes a conversation by its last user turn; it never changes, `add` gives a new router.
+
+    A turn too short to stand alone follows the one before it (turns.py).
+    """
 
     adapters: tuple[str, ...]  # sorted
     examples: Mapping[str, tuple[str, ...]]  # all it was fitted from; the background under ""
@@ -230,25 +235,21 @@ class GateRouter:
         return cast(list[list[float]], rows.tolist())
 
     def route(self, messages: Sequence[Message]) -> Decision:
-        """Look at the last user turn; the empty mix when no adapter fits. Raises RouteError."""
+        """The mix of the last user turn; the empty one when no adapter fits. Raises RouteError."""
         started = time.perf_counter()
-        query = next((m.content for m in reversed(messages) if m.role == "user"), None)
-        if query is None:
-            raise RouteError("No user message to route on; a conversation needs one at least.")
-        mix, probabilities, reasons = self._decide(query)
-        return Decision(
-            mix=mix,
-            scores=dict(zip(self.adapters, probabilities[:-1].tolist(), strict=True)),
-            none=float(probabilities[-1]),
-            reasons=reasons,
-            latency_ms=(time.perf_counter() - started) * 1e3,
-        )
+        decision = follow(self.decide, self.information, user_turns(messages))
+        return replace(decision, latency_ms=(time.perf_counter() - started) * 1e3)
 
-    def _decide(self, query: str) -> tuple[Mix, Floats, tuple[str, ...]]:
+    def information(self, text: str) -> float:
+        """How much a text says by itself, in nats."""
+        return information(self.gate, self.ngrams, text)
+
+    def decide(self, query: str) -> Decision:
+        """The decision on one text, whatever came before it."""
+        started = time.perf_counter()
         if not words(query):
-            nobody = np.zeros(len(self.adapters) + 1, np.float32)
-            nobody[-1] = 1
-            return Mix(), nobody, ("base: the query has no words to route on",)
+            scores = dict.fromkeys(self.adapters, 0.0)
+            return Decision(Mix(), scores, 1.0, ("base: the query has no words to route on",), 0.0)
         batch = read([query], self.ngrams, self.encoder)
         cosines = self.neighbours.similarities(place(batch, self.gate))
         evidence = Evidence(self.gate.log_probs(batch), best(cosines, NEIGHBOURS))
@@ -256,15 +257,29 @@ class GateRouter:
         winner = int(log_probs.argmax())
         score, threshold = float(self.abstain.scores(evidence)[0]), self.abstain.thresholds[winner]
         fits = score >= threshold
-        reasons = self._reasons(query, winner, cosines[0])
         probabilities = self._probabilities(evidence)[0]
+        near = nearest(self.neighbours, self.adapters, cosines[0])
+        strong = strongest(self.gate, self.ngrams, query, winner)
+        mix, why = Mix(), self._verdict(score, threshold, winner, fits)
         if two := self._two(query, evidence.log_probs[0]):
-            return two[0], probabilities, (two[1], *reasons)
-        mix = Mix()
-        if fits:
+            mix, why = two
+        elif fits:
             scores = log_probs.tolist()
             mix = to_mix(scores, self.adapters, top=self.top, temperature=MIX_TEMPERATURE)
-        return mix, probabilities, (self._verdict(score, threshold, winner, fits), *reasons)
+        return Decision(
+            mix=mix,
+            scores=dict(zip(self.adapters, probabilities[:-1].tolist(), strict=True)),
+            none=float(probabilities[-1]),
+            reasons=(why, *self._reasons(winner, near, strong)),
+            latency_ms=(time.perf_counter() - started) * 1e3,
+            nearest=near,
+            words=strong,
+            coldness=self.coldness(self.adapters[winner]),
+        )
+
+    def coldness(self, adapter: str) -> float:
+        """0 from COLD examples of an adapter on; near 1 if it is known by its card alone."""
+        return max(0.0, 1 - len(self.examples[adapter]) / COLD)
 
     def halves(self, query: str, log_probs: Floats) -> Halves | None:
         """Where the query is best cut in two; `log_probs` are those of it as one text, [K + 1].
@@ -305,31 +320,14 @@ class GateRouter:
         adapters = np.exp(log_softmax(evidence.log_probs[:, :-1])) * (1 - none[:, None])
         return np.concatenate([adapters, none[:, None]], axis=1)
 
-    def _reasons(self, query: str, winner: int, cosines: Floats) -> tuple[str, ...]:
-        """Nearest examples, strongest words, and which candidates are hardly known."""
-        found = []
-        second = np.partition(cosines, -2)[-2] if len(cosines) > 1 else cosines.min()
-        near = np.flatnonzero(cosines >= second)
-        for i in near[np.argsort(-cosines[near], kind="stable")][:2]:
-            name = self.adapters[self.neighbours.labels[i]]
-            found.append(f"near {cosines[i]:.2f} {name}: {_short(self.neighbours.texts[i])}")
-        if strong := self._strongest(query, winner):
-            found.append(f"words for {self.adapters[winner]}: {', '.join(strong)}")
-        if (known := len(self.examples[self.adapters[winner]])) < COLD:
-            found.append(f"cold: {self.adapters[winner]} is known by {known} examples only")
+    def _reasons(self, winner: int, near: Sequence[Near], strong: Sequence[str]) -> tuple[str, ...]:
+        name = self.adapters[winner]
+        found = [f"near {n.cosine:.2f} {n.adapter}: {quoted(n.text)}" for n in near]
+        if strong:
+            found.append(f"words for {name}: {', '.join(strong)}")
+        if self.coldness(name):
+            found.append(f"cold: {name} is known by {len(self.examples[name])} examples only")
         return tuple(found)
-
-    def _strongest(self, query: str, winner: int, count: int = 3) -> list[str]:
-        """The words and pairs that speak most for the winner against the mean of the others."""
-        vocabulary, weights = self.gate.vocabulary, self.gate.ngrams.weights
-        labels, columns = zip(*self.ngrams.labelled(query), strict=True)
-        owner = np.repeat(np.arange(len(labels)), [len(group) for group in columns])
-        places, known = vocabulary.places(np.array([c for group in columns for c in group]))
-        lean = (weights[places, winner] - weights[places].mean(axis=1)) * vocabulary.idf[places]
-        totals = np.bincount(owner[known], lean, minlength=len(labels))
-        evidence = dict(zip(labels, totals.tolist(), strict=True))
-        ranked = sorted(evidence, key=lambda label: (-evidence[label], label))
-        return [label for label in ranked[:count] if evidence[label] > 0]
 
 
 def _share(name: str, value: float) -> float:
@@ -340,9 +338,4 @@ def _share(name: str, value: float) -> float:
 
 def _seam(names: Sequence[str], parts: Sequence[str]) -> str:
     found = zip(names, parts, strict=True)
-    return "two skills: " + " and ".join(f"{name} in {_short(part)}" for name, part in found)
-
-
-def _short(text: str, width: int = 80) -> str:
-    flat = " ".join(text.split())
-    return repr(flat if len(flat) <= width else flat[: width - 3] + "...")
+    return "two skills: " + " and ".join(f"{name} in {quoted(part)}" for name, part in found)

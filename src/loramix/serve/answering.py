@@ -22,6 +22,7 @@ from loramix.errors import (
 from loramix.lm import Plan, as_messages
 from loramix.mix import Mix
 from loramix.route import Decision
+from loramix.route.turns import user_turns
 from loramix.serve.service import Caller, Service, Trip
 
 MixOrAuto = Mix | Literal["auto"]
@@ -30,14 +31,19 @@ Numbered = tuple[int, Chunk]  # a chunk, and the place of its request among thos
 
 
 async def planned(
-    service: Service, caller: Caller, request: Request, mix: MixOrAuto, query: Sequence[Message]
+    service: Service,
+    caller: Caller,
+    trip: Trip,
+    request: Request,
+    mix: MixOrAuto,
+    query: Sequence[Message],
 ) -> Plan:
     """The request under its mix; `query` is what the router is asked with if that is "auto".
 
     Raises UnknownAdapter also for adapters that the caller may not use, RouteError if there is no
     router, RouterFailed if it breaks.
     """
-    decision = await routed(service, caller, query) if mix == "auto" else None
+    decision = await routed(service, caller, trip, query) if mix == "auto" else None
     chosen = decision.mix if decision else mix
     assert isinstance(chosen, Mix)
     caller.require(chosen, service)
@@ -61,8 +67,13 @@ def check_system(prompt: str | None) -> None:
         as_messages([Message("system", prompt), Message("user", "?")])
 
 
-async def routed(service: Service, caller: Caller, query: Sequence[Message]) -> Decision:
-    """What the router makes of a conversation, within the adapters that the caller may use."""
+async def routed(
+    service: Service, caller: Caller, trip: Trip, query: Sequence[Message]
+) -> Decision:
+    """What the router makes of a conversation, within the adapters that the caller may use.
+
+    Its trace id is that of the request.
+    """
     turns = as_messages(query)
     try:
         decision = await asyncio.to_thread(service.lm.route, turns)
@@ -74,7 +85,8 @@ async def routed(service: Service, caller: Caller, query: Sequence[Message]) -> 
         ) from error
     if not all(map(math.isfinite, (*decision.scores.values(), decision.none))):
         raise RouterFailed("The router failed: it gave no number as a probability; name a mix.")
-    return _within(decision, set(caller.names(service)))
+    service.live.remember(trip.trace, user_turns(turns)[-1])
+    return _within(replace(decision, trace=trip.trace), set(caller.names(service)))
 
 
 def _within(decision: Decision, names: Set[str]) -> Decision:
@@ -93,7 +105,7 @@ def _within(decision: Decision, names: Set[str]) -> Decision:
     reason = f"{left}: what fits" if left else "base: nothing fits"
     reasons = (f"{reason} of the adapters on offer to this key",)
     none = max(0.0, 1 - sum(scores.values()))
-    return Decision(left, scores, none, reasons, decision.latency_ms)
+    return Decision(left, scores, none, reasons, decision.latency_ms, trace=decision.trace)
 
 
 async def answers(service: Service, trip: Trip, plans: Sequence[Plan]) -> AsyncGenerator[Numbered]:

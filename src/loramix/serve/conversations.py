@@ -256,7 +256,9 @@ async def _answered(
     messages = told(place.conversation, history)
     sampling = asked.sampling(service.limits.answer_tokens)
     request = Request(messages, sampling=sampling, template=asked.template())
-    plan = await planned(service, caller, request, named_mix(asked, service, caller), messages)
+    plan = await planned(
+        service, caller, trip, request, named_mix(asked, service, caller), messages
+    )
     head = Head((plan,), trip, "chat.completion")
     if asked.stream:
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)

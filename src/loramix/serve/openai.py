@@ -40,7 +40,9 @@ async def chat(
         n=_few(asked.count, service),
         template=asked.template(),
     )
-    plan = await planned(service, caller, request, named_mix(asked, service, caller), messages)
+    plan = await planned(
+        service, caller, trip, request, named_mix(asked, service, caller), messages
+    )
     head = Head((plan,), trip, "chat.completion")
     tools = [tool.function.name for tool in asked.tools or ()]
     tools = [] if asked.tool_choice == "none" else tools
@@ -73,7 +75,12 @@ async def complete(
     mix = named_mix(asked, service, caller)
     plans = [
         await planned(
-            service, caller, Request(prompt, sampling=sampling, n=n), mix, (Message("user", text),)
+            service,
+            caller,
+            trip,
+            Request(prompt, sampling=sampling, n=n),
+            mix,
+            (Message("user", text),),
         )
         for prompt, text in zip(prompts, texts, strict=True)
     ]

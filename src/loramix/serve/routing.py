@@ -12,7 +12,8 @@ from loramix.errors import BadRequest, RouteError
 from loramix.lm import as_messages
 from loramix.route.feedback import CorrectedRouter, Correction
 from loramix.serve.answering import routed
-from loramix.serve.service import ADMIN, Asking, Service, Serving
+from loramix.serve.service import ADMIN, Asking, Service, Serving, Way
+from loramix.serve.shapes import NearBody, why
 from loramix.serve.wire import Turn, Wire
 
 router = APIRouter(tags=["Route"])
@@ -33,32 +34,47 @@ class DecisionBody(BaseModel):
     scores: dict[str, float]
     none: float
     reasons: list[str]
+    nearest: list[NearBody]
+    words: list[str]
+    coldness: float
+    trace_id: str
     latency_ms: float
 
 
 @router.post("/v1/route")
-async def route(asked: RouteAsked, service: Serving, caller: Asking) -> DecisionBody:
+async def route(asked: RouteAsked, service: Serving, caller: Asking, trip: Way) -> DecisionBody:
     """The mix that "auto" would answer with, and why."""
     if (asked.text is None) == (asked.messages is None):
         raise BadRequest("Send text or messages to be routed, and not both.")
     turns = [Message("user", asked.text)] if asked.text is not None else None
     messages = turns or [turn.message() for turn in asked.messages or ()]
-    decision = await routed(service, caller, as_messages(messages))
+    decision = await routed(service, caller, trip, as_messages(messages))
     return DecisionBody(
         mix=str(decision.mix),
         weights=dict(decision.mix),
-        scores=dict(decision.scores),
-        none=decision.none,
-        reasons=list(decision.reasons),
+        **why(decision),
+        trace_id=decision.trace,
         latency_ms=decision.latency_ms,
     )
 
 
 class FeedbackGiven(Wire):
-    """A query, and the adapter it belongs to; null for the base."""
+    """A query, or the trace id of one, and the adapter it belongs to; null for the base."""
 
-    text: str
+    text: str | None = None
+    trace_id: str | None = None
     right: str | None
+
+    def query(self, service: Service) -> str:
+        """BadRequest for a trace id that is forgotten, or never was."""
+        if (self.text is None) == (self.trace_id is None):
+            raise BadRequest("Send a text or a trace_id to be corrected, and not both.")
+        found = self.text or service.live.routed.get(self.trace_id or "")
+        if found is None:
+            raise BadRequest(
+                f"No text was routed as {self.trace_id!r} of late; send the text instead."
+            )
+        return found
 
 
 class CorrectionBody(BaseModel):
@@ -73,7 +89,8 @@ class CorrectionBody(BaseModel):
 @router.post("/v1/feedback", dependencies=ADMIN)
 async def feedback(given: FeedbackGiven, service: Serving) -> CorrectionBody:
     """Correct the router; the correction is on disk, and acts, before the answer is sent."""
-    made = await asyncio.to_thread(_corrected(service).correct, given.text, given.right)
+    router, query = _corrected(service), given.query(service)
+    made = await asyncio.to_thread(router.correct, query, given.right)
     return _body(made)
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from loramix.store import Store
 
 
+REMEMBERED = 1000  # routed texts
+
+
 @dataclass(slots=True)
 class Live:
     """What changes while the server runs."""
@@ -32,11 +35,19 @@ class Live:
     numbered: list[str] = field(default_factory=list)  # adapters by the number clients know them by
     hidden: set[str] = field(default_factory=set)  # adapters that were unloaded, not deleted
     prompts: CardPrompts = field(default_factory=CardPrompts)
+    routed: dict[str, str] = field(default_factory=dict)  # the latest texts by trace id
     is_ending: bool = False
     beginning: Lock = field(default_factory=Lock)  # of jobs: one after the other
     writes: set[asyncio.Task[Any]] = field(default_factory=set)  # of answers that were stopped
     runs: dict[str, asyncio.Task[Any]] = field(default_factory=dict)  # workflow tasks at work here
     started: int = field(default_factory=lambda: int(time()))
+
+    def remember(self, trace: str, text: str) -> None:
+        """Keep what was routed, in memory only, so that a correction can name its trace id."""
+        self.routed.pop(trace, None)
+        self.routed[trace] = text
+        if len(self.routed) > REMEMBERED:
+            del self.routed[next(iter(self.routed))]
 
 
 @dataclass(frozen=True, slots=True)

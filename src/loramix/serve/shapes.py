@@ -11,7 +11,17 @@ from typing import Any
 from pydantic import BaseModel
 
 from loramix.lm import Plan
+from loramix.mix import Mix
+from loramix.route import Decision
 from loramix.serve.service import Trip
+
+
+class NearBody(BaseModel):
+    """A stored example that is like the query."""
+
+    adapter: str
+    text: str
+    cosine: float
 
 
 class Chosen(BaseModel):
@@ -21,8 +31,24 @@ class Chosen(BaseModel):
     scores: dict[str, float]
     none: float | None
     reasons: list[str]
+    nearest: list[NearBody]
+    words: list[str]
+    coldness: float
     trace_id: str
     route_ms: float
+
+
+def why(decision: Decision | None) -> dict[str, Any]:
+    """A decision's scores and reasons; without one, of a mix that was given, nothing."""
+    found = decision or Decision(Mix(), {}, 0.0, (), 0.0)
+    return {
+        "scores": dict(found.scores),
+        "none": decision and decision.none,
+        "reasons": list(found.reasons),
+        "nearest": [near._asdict() for near in found.nearest],
+        "words": list(found.words),
+        "coldness": found.coldness,
+    }
 
 
 class UsageBody(BaseModel):
@@ -62,14 +88,11 @@ class Head:
     def chosen(self) -> Mapping[str, Any]:
         """The `loramix` object; of several prompts, that of the first."""
         plan = self.plans[0]
-        decision = plan.decision
         return {
             "mix": str(plan.request.mix),
-            "scores": dict(decision.scores) if decision else {},
-            "none": decision.none if decision else None,
-            "reasons": list(decision.reasons) if decision else [],
+            **why(plan.decision),
             "trace_id": self.trip.trace,
-            "route_ms": decision.latency_ms if decision else 0.0,
+            "route_ms": plan.decision.latency_ms if plan.decision else 0.0,
         }
 
 

@@ -204,7 +204,7 @@ async def _made(asked: RunAsked, service: Service, caller: Caller, trip: Trip) -
         messages = told(found, [*found.current, *place.before])
     sampling = asked.input.sampling(service.limits.answer_tokens)
     request = Request(messages, sampling=sampling, template=asked.input.template())
-    plan = await planned(service, caller, request, workflow, messages)
+    plan = await planned(service, caller, trip, request, workflow, messages)
     task = await asyncio.to_thread(
         service.kept.tasks.create,
         caller.owner,

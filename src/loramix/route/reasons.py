@@ -1,0 +1,53 @@
+"""Why a gate decided as it did: the examples and n-grams that spoke for the likeliest adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loramix.route import Near
+from loramix.route.blend import Gate
+from loramix.route.neighbours import Neighbours
+from loramix.route.ngrams import Floats, NgramEncoder
+
+
+def nearest(
+    neighbours: Neighbours, adapters: Sequence[str], cosines: Floats, count: int = 2
+) -> tuple[Near, ...]:
+    """The stored examples most like a query, best first; `cosines` is of each, [E]."""
+    best = np.argpartition(-cosines, min(count, len(cosines)) - 1)[:count]
+    ranked = best[np.argsort(-cosines[best], kind="stable")]
+    return tuple(
+        Near(adapters[neighbours.labels[i]], neighbours.texts[i], float(cosines[i])) for i in ranked
+    )
+
+
+def strongest(
+    gate: Gate, ngrams: NgramEncoder, query: str, winner: int, count: int = 3
+) -> tuple[str, ...]:
+    """The words and pairs that speak most for the winner against the mean of the others."""
+    vocabulary, weights = gate.vocabulary, gate.ngrams.weights
+    labels, columns = zip(*ngrams.labelled(query), strict=True)
+    owner = np.repeat(np.arange(len(labels)), [len(group) for group in columns])
+    places, known = vocabulary.places(np.array([c for group in columns for c in group]))
+    lean = (weights[places, winner] - weights[places].mean(axis=1)) * vocabulary.idf[places]
+    totals = np.bincount(owner[known], lean, minlength=len(labels))
+    evidence = dict(zip(labels, totals.tolist(), strict=True))
+    ranked = sorted(evidence, key=lambda label: (-evidence[label], label))
+    return tuple(label for label in ranked[:count] if evidence[label] > 0)
+
+
+def information(gate: Gate, ngrams: NgramEncoder, text: str) -> float:
+    """How much the words of a text say by being rare among the fitted rows, in nats."""
+    words = {label: found[-1] for label, found in ngrams.labelled(text) if " " not in label}
+    columns = np.array(list(words.values()), np.int64)
+    places, known = gate.vocabulary.places(columns)
+    idf = np.full(len(columns), gate.vocabulary.rare, np.float32)
+    idf[known] = gate.vocabulary.idf[places]
+    return float((idf - 1).sum())
+
+
+def quoted(text: str, width: int = 80) -> str:
+    flat = " ".join(text.split())
+    return repr(flat if len(flat) <= width else flat[: width - 3] + "...")
