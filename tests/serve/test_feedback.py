@@ -35,7 +35,8 @@ def _by_trace(front: Front) -> None:
     chosen = answer.json()["loramix"]
     assert chosen["trace_id"] == answer.headers["x-request-id"]
     assert chosen["nearest"][0]["adapter"] == "banking"
-    assert chosen["words"] and 0 <= chosen["coldness"] <= 1
+    assert chosen["words"]
+    assert 0 <= chosen["coldness"] <= 1
     made = front.post("/v1/feedback", trace_id=chosen["trace_id"], right="sql").json()
     assert made["text"] == BANKING
     routed = front.post("/v1/route", text=BANKING)
