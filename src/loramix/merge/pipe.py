@@ -1,8 +1,7 @@
-"""Read, fold, write, hash: a tensor stays on one thread, and there is a thread more than cores.
+"""Read, fold, write, hash: a tensor stays on one thread, and every core has a tensor of its own.
 
 Nothing is handed from thread to thread, so a block is still in its core's cache when it is rounded,
-written and hashed; while one thread waits for the disk another computes. Memory is a block for each
-thread, whatever the size of the model.
+written and hashed. Memory is a block for each thread, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -24,6 +24,7 @@ from loramix.merge.files import Slot
 from loramix.merge.journal import CHUNK
 
 LANES = 8  # threads at most: a disk has no more to give
+AHEAD = 16 << 20  # bytes that the kernel is asked to have read before they are needed
 
 
 class Folded(Protocol):
@@ -51,7 +52,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A tensor in its file; `worst` is the largest error in a row read back."""
+    """A tensor in its file; `worst` is the largest error of a row that was read back."""
 
     name: str
     sha256: str
@@ -70,11 +71,12 @@ def run(
     that came up.
     """
     ordered = sorted(slots, key=lambda slot: -slot.stored.size_bytes)  # lanes end together
-    with ExitStack() as stack, single_threaded() as cores:
-        pool = stack.enter_context(ThreadPoolExecutor(min(cores + 1, LANES)))
+    with ExitStack() as stack, single_threaded() as lanes:
+        sources = {path: _opened(path, stack) for path in {slot.stored.file for slot in ordered}}
+        pool = stack.enter_context(ThreadPoolExecutor(min(lanes, LANES)))
         stack.callback(pool.shutdown, cancel_futures=True)
-        writing = [pool.submit(_write, slot, files[slot.file], fold) for slot in ordered]
-        for written in as_completed(writing):
+        ways = (Way(s.stored, sources[s.stored.file], files[s.file], s.offset) for s in ordered)
+        for written in as_completed([pool.submit(_write, way, fold) for way in ways]):
             done(written.result())
 
 
@@ -89,10 +91,15 @@ def single_threaded() -> Iterator[int]:
         torch.set_num_threads(count)
 
 
-def _write(slot: Slot, target: int, fold: Callable[[Stored], Folded | None]) -> Written:
-    """One tensor; with a file descriptor of its own the kernel sees what will be read next."""
-    with torch.inference_mode(), slot.stored.file.open("rb", buffering=0) as source:
-        way, folded = Way(slot.stored, source.fileno(), target, slot.offset), fold(slot.stored)
+def _opened(path: Path, stack: ExitStack) -> int:
+    file = os.open(path, os.O_RDONLY)
+    stack.callback(os.close, file)
+    return file
+
+
+def _write(way: Way, fold: Callable[[Stored], Folded | None]) -> Written:
+    with torch.inference_mode():
+        folded = fold(way.stored)
         return _copy(way) if folded is None else _fold(way, folded)
 
 
@@ -100,6 +107,7 @@ def _copy(way: Way) -> Written:
     state = hashlib.sha256()
     for start in range(0, way.stored.size_bytes, CHUNK):
         count, place = min(CHUNK, way.stored.size_bytes - start), way.stored.offset + start
+        _announce(way, start + count)
         copy_range(way.source, place, way.target, way.offset + start, count)
         state.update(os.pread(way.source, count, place))
         forget(way.source, place, count)
@@ -133,9 +141,17 @@ def _fold(way: Way, folded: Folded) -> Written:
 
 
 def _read(way: Way, start: int, rows: Tensor) -> None:
-    place = way.stored.offset + start * way.stored.row_bytes
-    read_into(way.source, rows, place)
-    forget(way.source, place, len(rows) * way.stored.row_bytes)
+    first, size = start * way.stored.row_bytes, len(rows) * way.stored.row_bytes
+    _announce(way, first + size)
+    read_into(way.source, rows, way.stored.offset + first)
+    forget(way.source, way.stored.offset + first, size)
+
+
+def _announce(way: Way, start: int) -> None:
+    """Have the kernel read what comes next of a tensor, while this thread does something else."""
+    size = min(AHEAD, way.stored.size_bytes - start)
+    if size > 0 and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(way.source, way.stored.offset + start, size, os.POSIX_FADV_WILLNEED)
 
 
 def forget(file: int, start: int = 0, size: int = 0) -> None:
