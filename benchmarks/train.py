@@ -173,6 +173,8 @@ def one(way: str, size: str, work: Path) -> None:
 
     torch.set_num_threads(int(THREADS))
     folder = folder_of(size, work)
+    if way == "base":
+        return
     count, batch = SIZES[size]
     vocabulary = min(AutoConfig.from_pretrained(folder).vocab_size, 6000)
     experts = [rows_of(n, count, vocabulary) for n in range(1 if way == "single" else EXPERTS)]
@@ -224,11 +226,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         kept = given.kept or Path(work) / "kept.jsonl"
         for size in [given.size] if given.size else SIZES:
+            run("base", size, Path(work))  # in its own process: ours would leave them its peak
             folder = folder_of(size, Path(work))
             found = results(size, Path(work), 1 if given.quick else 3, kept)
             rows += compared(size, found, expert_mib(folder))
     if given.json:
         given.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+
+
+def run(way: str, size: str, work: Path) -> str:
+    """What one way prints, in a process of its own."""
+    words = [sys.executable, "-W", "ignore", __file__, "--one", way, size, str(work)]
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def results(size: str, work: Path, rounds: int, kept: Path) -> dict[str, list[dict[str, float]]]:
@@ -239,9 +248,7 @@ def results(size: str, work: Path, rounds: int, kept: Path) -> dict[str, list[di
         for way in WAYS:
             if (size, way, number) in known:
                 continue
-            words = [sys.executable, "-W", "ignore", __file__, "--one", way, size, str(work)]
-            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
-            result = known[size, way, number] = json.loads(done.stdout.splitlines()[-1])
+            result = known[size, way, number] = json.loads(run(way, size, work).splitlines()[-1])
             with kept.open("a", encoding="utf-8") as file:
                 line = {"size": size, "way": way, "round": number, "result": result}
                 file.write(json.dumps(line) + "\n")

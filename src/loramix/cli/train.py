@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typer import Option
 
 from loramix.cli.opening import hush, import_quickly, no_collection, notice
 from loramix.cli.printing import print_table
-from loramix.errors import BadRequest
+from loramix.errors import BadRequest, TrainError
 from loramix.lm import own_library
 from loramix.train.recipe import Plan, plan, read_plan
 
@@ -60,6 +61,7 @@ def train(
     ] = False,
 ) -> None:
     """Train one or several experts in one pass, then fit the router and compare."""
+    _check_alone()
     found = planned(words or [], data, name, base, library)
     if not detach:
         work(found, dry_run=dry_run, preview=preview)
@@ -73,6 +75,16 @@ def train(
         ", ".join(expert.name for expert in found.experts),
         {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()},
     )
+
+
+def _check_alone() -> None:
+    """TrainError under torchrun or `accelerate launch`: each process would train everything."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise TrainError(
+            f"This was started as one of {size} processes (WORLD_SIZE); one process trains all "
+            f"experts. Start `loramix train` itself, without torchrun or accelerate."
+        )
 
 
 def planned(
