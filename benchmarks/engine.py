@@ -2,6 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/engine.py [--quick] [--json FILE] [--plot FILE] [--native LLAMA_SERVER]
+                                [--tiles]
 
 Random weights of Qwen3-0.6B's shape in bfloat16, two threads; adapters of rank 16 on all seven
 linear layers. Everybody gets the same prompts, weights and precision, in turns; medians of the
@@ -229,13 +230,14 @@ def byte_limit(base_bytes: int, adapters: Sequence[Adapter], ours: LocalEngine) 
     return (base_bytes + kv) / (base_bytes + kv + extra)
 
 
-def memory() -> dict[str, float]:
+def memory(tiles: bool) -> dict[str, float]:
     """Bytes of an engine that serves 32 requests under mixes of 8 adapters, and their parts."""
     model = material.random_model()
     base_bytes = material.size_bytes(model)
     adapters = [material.random_adapter(model, f"a{n}", seed=n) for n in range(BATCH)]
     sizes = sum(size_bytes(adapter.pairs.values()) for adapter in adapters)
-    with LocalEngine(material.base_of(model), adapters, kv_bytes=KV_BYTES) as engine:
+    base = material.base_of(model)
+    with LocalEngine(base, adapters, kv_bytes=KV_BYTES, tiles=tiles) as engine:
         del adapters
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -284,7 +286,7 @@ def hot_adds(ours: LocalEngine, spare: Sequence[Adapter]) -> tuple[float, float,
     return float(max(waits)), max(gaps[quiet : end - 1]) / usual, with_it / usual
 
 
-def measure(table: Table, rounds: int, folder: Path, native: Path | None) -> float:
+def measure(table: Table, rounds: int, folder: Path, native: Path | None, tiles: bool) -> float:
     """Fill the table; returns the byte limit of decoding under mixes."""
     model = material.random_model()
     base_bytes = material.size_bytes(model)
@@ -298,7 +300,9 @@ def measure(table: Table, rounds: int, folder: Path, native: Path | None) -> flo
     files = [folder / f"a{n}.gguf" for n in range(BATCH)]
 
     peer_models = [material.same_weights(model) for _ in range(3)]  # before ours wraps its layers
-    engine = LocalEngine(material.base_of(model), adapters[:BATCH], reuse=False, max_batch=32)
+    engine = LocalEngine(
+        material.base_of(model), adapters[:BATCH], reuse=False, max_batch=32, tiles=tiles
+    )
     ours, bare = Ours(engine), [Mix()] * 32
     short, one, burst = prompts(BATCH, SHORT), prompts(1, SHORT), prompts(BATCH, LONG, 1)
     ways: dict[str, tuple[Answers, Prompts]] = {
@@ -370,9 +374,10 @@ def llama_ways(
     }
 
 
-def memory_apart() -> dict[str, float]:
+def memory_apart(tiles: bool) -> dict[str, float]:
     """`memory()` in a process that does nothing else."""
     command = [sys.executable, str(Path(__file__).resolve()), "--memory"]
+    command += ["--tiles"] if tiles else []
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
@@ -479,16 +484,18 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="draw the rates here (SVG or PNG)")
     parser.add_argument("--native", type=Path, help="a llama-server that native_llama.sh built")
+    parser.add_argument("--tiles", action="store_true", help="our engine with its C function")
     parser.add_argument("--memory", action="store_true", help="only the memory figure's parts")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     if options.memory:
-        print(json.dumps(memory()))
+        print(json.dumps(memory(options.tiles)))
         sys.exit()
-    apart = memory_apart()
+    apart = memory_apart(options.tiles)
     table = Table()
     with tempfile.TemporaryDirectory() as place:
-        limit = measure(table, 1 if options.quick else 5, Path(place), options.native)
+        rounds = 1 if options.quick else 5
+        limit = measure(table, rounds, Path(place), options.native, options.tiles)
     found = rows(table, limit, apart)
     for entry in found:
         target = "" if entry["target"] is None else f"(target {entry['target']})"

@@ -35,6 +35,7 @@ from loramix.linear import matrix_of, shape
 from loramix.lora import Pair
 from loramix.quantized import Int8Linear
 from loramix.stacked import Block, Bound, Layout, Part, Siblings, bound, stacked
+from loramix.tiles import Tiler, Tiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +76,8 @@ class ActiveMixes:
     live in one process, and a test needs no reset.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tiler: Tiler | None = None) -> None:
+        self.tiler = tiler
         self.gates: tuple[Gates, ...] = ()
         self._input: Tensor | None = None  # of the layer that ran last
         self._siblings = Siblings()  # the layers that are given it
@@ -118,7 +120,7 @@ class ActiveMixes:
         if block is None:
             return [None] * len(self._siblings.layers)
         x = gates.rows(x)
-        key = (n, block.layout, block.a.dtype, x.dim())
+        key = (n, block.layout, block.dtype, x.dim())
         if key not in self._scales:
             self._scales[key] = _scale(gates, block, x)
         shrunk = _shrunk(x, block.a, self._scales[key])
@@ -139,11 +141,13 @@ def _like(weights: Tensor, x: Tensor) -> Tensor:
 
 def _scale(gates: Gates, block: Block, x: Tensor) -> Tensor:
     """Each token's weight for each rank column, [.., R]."""
-    return _like(gates.weights, x)[..., block.owner].to(block.a.dtype)
+    return _like(gates.weights, x)[..., block.owner].to(block.dtype)
 
 
-def _shrunk(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:
+def _shrunk(x: Tensor, a: Tensor | Tiles, scale: Tensor) -> Tensor:
     """(x A^T) * g"""
+    if isinstance(a, Tiles):
+        return a.scaled(x, scale)
     shrunk = product(x if x.dtype == a.dtype else x.to(a.dtype), a)
     if shrunk.dtype == torch.float16:  # past 65504 it is inf, and inf * 0 would be NaN
         shrunk = shrunk.masked_fill(scale == 0, 0)
@@ -177,6 +181,11 @@ class MixedLinear(nn.Module):
         """Whether the base's matrix is, and the adapters' are to be."""
         return isinstance(self.base, FrozenLinear) and self.base.is_packed
 
+    @property
+    def tiler(self) -> Tiler | None:
+        """What brings the factors into tiles, if they are to be."""
+        return self.active.tiler
+
     def bind(self, name: str, pair: Pair) -> None:
         """Take one adapter's update; the tensors keep their dtype, autograd reaches them."""
         self.take(name, bound(pair, self))
@@ -201,6 +210,9 @@ class MixedLinear(nn.Module):
         for n, gates in enumerate(self.active.gates):
             share = self.active.share(n, self, x) if gates.keep else self._fresh(gates, x)
             if share is None:
+                continue
+            if isinstance(share[1].b, Tiles):
+                share[1].b.add(share[0], gates.rows(y))
                 continue
             update = self._grown(*share, gates, wx)
             if gates.keep or gates.span:
@@ -234,6 +246,7 @@ class MixedLinear(nn.Module):
 
     def _grown(self, shrunk: Tensor, part: Part, gates: Gates, wx: Tensor) -> Tensor:
         """What is added to W x, [.., O]: B, and the gains of DoRA."""
+        assert isinstance(part.b, Tensor)
         update = product(shrunk, part.b)
         if part.gains is not None:
             plain = gates.rows(wx)
@@ -251,10 +264,10 @@ class MixedModel:
     every layer is its base.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, tiler: Tiler | None = None) -> None:
         self.model = model
         model.requires_grad_(False)
-        self.active = ActiveMixes()
+        self.active = ActiveMixes(tiler)
         self.layers: dict[str, MixedLinear] = {}
         self.digests: dict[str, str] = {}
         self.ranks: dict[str, int] = {}  # the largest of each adapter's

@@ -8,7 +8,7 @@ is side by side is kept until one of its adapters leaves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from loramix.frozen import can_pack, packed
 from loramix.linear import matrix_of
 from loramix.lora import Pair, dora_gain
+from loramix.tiles import Tiler, Tiles, fits
 
 Layout = tuple[tuple[int, int], ...]  # gate column and rank of the updates in a block, in order
 
@@ -49,12 +50,15 @@ class Sibling(Protocol):
     @property
     def is_packed(self) -> bool: ...
 
+    @property
+    def tiler(self) -> Tiler | None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """The B's of one layer side by side."""
 
-    b: Tensor  # [O, R]
+    b: Tensor | Tiles  # [O, R]
     gains: Tensor | None  # [K', O]
     gain_owner: Tensor  # [K']
 
@@ -63,11 +67,17 @@ class Part:
 class Block:
     """The updates of several adapters side by side."""
 
-    a: Tensor  # [R, D], of one layer after the other
+    a: Tensor | Tiles  # [R, D], of one layer after the other
+    dtype: torch.dtype
     layout: Layout
     owner: Tensor  # [R], the gate column that weighs each rank column
     ranks: list[int]  # of each layer; they add up to R
     parts: Sequence[Part | None]  # of each layer; None where none of the adapters acts
+
+    def mapped(self, form: Callable[[Any], Tensor | Tiles]) -> Block:
+        """The same factors, so far plain, in another form."""
+        parts = [part and replace(part, b=form(part.b)) for part in self.parts]
+        return replace(self, a=form(self.a), parts=parts)
 
 
 class Siblings:
@@ -94,13 +104,15 @@ class Siblings:
 
     def block(self, names: tuple[str, ...]) -> Block | None:
         """The factors of these adapters, kept for the next time; None if there are none here."""
-        to_pack = self.layers[0].is_packed  # while layers turn, the others may not be: no matter
+        first = self.layers[0]
+        to_pack = first.is_packed  # while layers turn, the others may not be: no matter
         known = self._blocks.get(names)
         if known is None or known[0] != to_pack:
             block = stacked(self.layers, names)
-            if block and to_pack:
-                parts = [part and replace(part, b=_packed(part.b)) for part in block.parts]
-                block = replace(block, a=_packed(block.a), parts=parts)
+            if block and first.tiler and _can_tile(block):
+                block = block.mapped(first.tiler.tiles)
+            elif block and to_pack:
+                block = block.mapped(_packed)
             known = self._blocks[names] = to_pack, block
         return known[1]
 
@@ -119,6 +131,7 @@ def stacked(layers: Sequence[Sibling], names: Sequence[str]) -> Block | None:
     owner = [k for k, rank in layout for _ in range(rank)]
     return Block(
         a=_cat([bound.a.to(dtype) for bound in bounds], dim=0),
+        dtype=dtype,
         layout=layout,
         owner=torch.tensor(owner, device=bounds[0].a.device),
         ranks=[sum(bound.a.shape[0] for _, bound in here) for here in found],
@@ -131,6 +144,14 @@ def _part(here: Sequence[tuple[int, Bound]], dtype: torch.dtype) -> Part:
     gained = [(k, bound.gain) for k, bound in here if bound.gain is not None]
     owner = torch.tensor([k for k, _ in gained], device=b.device, dtype=torch.long)
     return Part(b, torch.stack([gain for _, gain in gained]) if gained else None, owner)
+
+
+def _can_tile(block: Block) -> bool:
+    """Tiles know nothing of the gains of DoRA."""
+    parts = [part for part in block.parts if part]
+    factors = [block.a, *(part.b for part in parts)]
+    plain = all(isinstance(factor, Tensor) and fits(factor) for factor in factors)
+    return plain and all(part.gains is None for part in parts)
 
 
 def _packed(factor: Tensor) -> Tensor:

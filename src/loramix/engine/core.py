@@ -26,6 +26,7 @@ from loramix.engine.threads import rest, sensible_threads
 from loramix.errors import EngineError
 from loramix.frozen import FrozenLayers
 from loramix.mixed import MixedLinear, MixedModel
+from loramix.tiles import Tiler
 
 CLOSED = "The engine is closed; open a new one."
 
@@ -34,10 +35,14 @@ class Core:
     """A model, its running batch, and the thread that moves them on."""
 
     def __init__(
-        self, model: PreTrainedModel, scheduler: Scheduler, num_threads: int | None = None
+        self,
+        model: PreTrainedModel,
+        scheduler: Scheduler,
+        num_threads: int | None = None,
+        tiler: Tiler | None = None,
     ) -> None:
         self.frozen = FrozenLayers(model)
-        self.mixed = MixedModel(model)
+        self.mixed = MixedModel(model, tiler)
         self.model = model
         self.scheduler = scheduler
         self._configs = configs(model)
