@@ -10,7 +10,7 @@ from loramix.engine.local import LocalEngine
 from loramix.errors import EngineError
 from loramix.mix import Mix
 from loramix.mixed import Gates, MixedModel
-from loramix.tiles import Tiler
+from loramix.tiles import Tiler, fits
 from tests.tiny import random_adapter, tiny_base, tiny_model
 
 BF16 = torch.bfloat16
@@ -56,6 +56,19 @@ def test_rows_may_lie_apart_and_nothing_beside_the_sum_is_written(tiler):
     tiler.tiles(matrix).add(x[..., 16:32], y[:, 1:6])
     assert off(y[:, 1:6], x[..., 16:32].double() @ matrix.double().T) < ROUNDING
     assert not y[:, [0, 6]].any()
+
+
+@needs_tiles
+def test_numbers_of_a_row_that_lie_apart_are_read_right(tiler):
+    x, matrix, scale = drawn(1, 32, 5).transpose(1, 2), drawn(16, 32), drawn(1, 5, 16)
+    wanted = (x.double() @ matrix.double().T) * scale.double()
+    assert off(tiler.tiles(matrix).scaled(x, scale), wanted) < ROUNDING
+
+
+def test_what_tiles_cannot_hold_does_not_fit():
+    for matrix in (drawn(4, 3), drawn(4, 0), drawn(0, 4), torch.zeros(4, 4)):
+        assert not fits(matrix)
+    assert fits(drawn(4, 4))
 
 
 @needs_tiles

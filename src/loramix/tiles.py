@@ -49,6 +49,7 @@ class Tiles:
         self._run(x, None, y)
 
     def _run(self, x: Tensor, scale: int | None, y: Tensor) -> None:
+        x = x if x.stride(-1) == 1 else x.contiguous()
         self.multiply(
             x.data_ptr(),
             self.tiles.data_ptr(),
@@ -77,7 +78,8 @@ class Tiler:
 
 def fits(matrix: Tensor) -> bool:
     """Whether tiles can hold it."""
-    return matrix.dtype == torch.bfloat16 and matrix.is_cpu and matrix.shape[1] % 2 == 0
+    even = matrix.numel() > 0 and matrix.shape[1] % 2 == 0
+    return even and matrix.is_cpu and matrix.dtype == torch.bfloat16
 
 
 def _compiled() -> Any:
