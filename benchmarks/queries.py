@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from loramix.mix import slug
-from loramix.route.encode import MiniLmEncoder
+from loramix.route.encode import MiniLmEncoder, Tokens
 from loramix.route.ngrams import Floats
 
 Pairs = list[tuple[str, str]]  # text, route
@@ -43,6 +43,9 @@ class Memo:
         if new:
             self.known |= zip(new, self.encoder.encode(new), strict=True)
         return np.stack([self.known[text] for text in texts])
+
+    def tokens(self, text: str) -> Tokens:
+        return self.encoder.tokens(text)
 
     def save(self) -> None:
         if self.cache:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramix.chat import Message
+from loramix.route.encode import Tokens, unit
 from loramix.route.gate import GateRouter
-from loramix.route.halves import MOST_WORDS, Halves, _cuts, _pairs, cut
+from loramix.route.halves import MOST_WORDS, Halves, _pairs, _places, _sketch, cut
 from loramix.route.rows import read
 from tests.route.small import fitted, held_out
 from tests.route.test_saved import Letters
@@ -90,9 +91,25 @@ def test_one_adapter_short_and_long_texts_are_not_cut() -> None:
 @given(st.integers(0, MOST_WORDS + 5))
 def test_cuts_lose_no_word(count: int) -> None:
     words = [f"w{i}" for i in range(count)]
-    cuts = _cuts(words)
-    assert all([*left.split(), *right.split()] == words for left, right in cuts)
-    assert len(cuts) == (max(0, count - 5) if count <= MOST_WORDS else 0)
+    text = "  ".join(words)
+    places = _places(text)
+    assert all([*text[:i].split(), *text[i:].split()] == words for i in places)
+    assert len(places) == (max(0, count - 5) if count <= MOST_WORDS else 0)
+
+
+def test_a_sketch_averages_the_tokens_of_either_side() -> None:
+    states = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)  # ends and four words
+    found = _sketch(Tokens(states, np.array([0, 0, 3, 6, 9, 0])), [3, 6])
+    assert found is not None
+    sides = [states[1:2], states[1:3], states[2:5], states[3:5]]
+    np.testing.assert_allclose(found, unit(np.stack([s.mean(0) for s in sides])), atol=1e-6)
+
+
+def test_a_sketch_of_a_text_cut_short_has_no_empty_side() -> None:
+    states = np.ones((4, 3), np.float32)  # the tokens end before the second place
+    found = _sketch(Tokens(states, np.array([0, 0, 3, 0])), [3, 900])
+    assert found is not None
+    assert np.isfinite(found).all()
 
 
 @given(st.integers(2, 6), st.integers(0, 2**32 - 1))

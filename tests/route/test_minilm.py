@@ -46,6 +46,15 @@ def test_a_batch_is_its_rows(minilm: MiniLmEncoder) -> None:
     assert minilm.encode([]).shape == (0, 384)
 
 
+def test_the_tokens_of_a_text_make_its_vector(minilm: MiniLmEncoder) -> None:
+    for text in TEXTS[:2] + TEXTS[3:]:
+        found = minilm.tokens(text)
+        np.testing.assert_allclose(found.vector, minilm.encode([text]), atol=2e-6)
+    starts = minilm.tokens("unbelievable cost").starts[1:-1]
+    assert starts[0] == 0
+    assert 13 in starts
+
+
 def test_nothing_of_the_package_is_imported(minilm: MiniLmEncoder) -> None:
     import sys
 

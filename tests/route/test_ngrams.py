@@ -77,9 +77,7 @@ def test_encode_has_unit_rows() -> None:
 
 
 def test_empty_rows_dot_to_zero() -> None:
-    empty = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    one = np.array([1]), np.array([2.0], np.float32)
-    rows = Sparse.of([empty, one, empty])
+    rows = Sparse(np.array([0, 0, 1, 1]), np.array([1]), np.array([2.0], np.float32))
     assert rows.dot(np.ones((3, 2), np.float32)).tolist() == [[0, 0], [2, 2], [0, 0]]
 
 
@@ -104,5 +102,5 @@ def test_unknown_words_shorten_a_row() -> None:
 def test_rows_marked_rare_keep_every_column() -> None:
     counts = NGRAMS.matrix(["alpha", "zuzzu"])
     assert len(Vocabulary.fit(counts).columns) == 0
-    kept = Vocabulary.fit(counts, rare=[1]).columns
+    kept = Vocabulary.fit(counts, rare=np.array([1])).columns
     assert set(kept) == set(NGRAMS.terms("zuzzu")[0])

@@ -32,7 +32,8 @@ def test_equals_scikit_learn(sizes: tuple[int, ...]) -> None:
 
 def test_sparse_and_dense_rows_give_one_model() -> None:
     rows, labels = cloud((20, 20, 20))
-    sparse = Sparse.of([(np.arange(6), row) for row in rows])
+    starts, columns = np.arange(0, rows.size + 1, 6), np.tile(np.arange(6), len(rows))
+    sparse = Sparse(starts, columns, rows.ravel())
     a = fit_softmax(rows, labels, Softmax.blank(6, 3), strength=1.0, steps=200)
     b = fit_softmax(sparse, labels, Softmax.blank(6, 3), strength=1.0, steps=200)
     np.testing.assert_allclose(a.log_probs(rows), b.log_probs(sparse), atol=2e-2)

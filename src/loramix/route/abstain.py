@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from loramix.route.ngrams import Floats, Ints
 
 NEIGHBOURS = 5
 STEADY = 5  # rows below a threshold that make it one adapter's own
+SHRUNK = 10.0  # strength of the data, all rows together, where the signs are weighed
 UNFITTED = (1.0, 0.0, 0.0, 0.0, 0.0)  # weights of the signs when no row could be held out
 SIGNS = ("odds against the background", "odds of the best", "lead", "nearest", "five nearest")
 
@@ -151,13 +152,23 @@ def conformal(scores: Floats, keep: float) -> float:
 
 
 def _logistic(own: Floats, foreign: Floats) -> tuple[list[float], float]:
-    """Both sides weigh the same; returns weights for the raw signs."""
-    from sklearn.linear_model import LogisticRegression
+    """Weights for the raw signs; both sides weigh the same.
 
+    The signs say much the same, so a free fit plays them off against each other by the accidents of
+    a hundred foreign rows. The direction is therefore shrunk hard, and then made log-odds again.
+    """
     rows = np.concatenate([own, foreign]).astype(np.float64)
     mean, scale = rows.mean(0), rows.std(0) + 1e-6
     target = np.r_[np.ones(len(own)), np.zeros(len(foreign))]
-    model = LogisticRegression(C=1.0, class_weight="balanced")
-    model.fit((rows - mean) / scale, target)
-    weights = model.coef_[0] / scale
-    return weights.tolist(), float(model.intercept_[0] - weights @ mean)
+    direction, _ = _regression((rows - mean) / scale, target, SHRUNK / len(rows))
+    weights = direction / scale
+    slope, bias = _regression(((rows - mean) @ weights)[:, None], target, 1.0)
+    weights = weights * slope
+    return weights.tolist(), float(bias - weights @ mean)
+
+
+def _regression(rows: Any, target: Any, strength: float) -> tuple[Any, float]:
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=strength, class_weight="balanced").fit(rows, target)
+    return model.coef_[0], float(model.intercept_[0])

@@ -22,6 +22,7 @@ from loramix.route.rows import Batch
 from loramix.route.softmax import Softmax, log_softmax
 
 GARBLED, SPAN = 0.85, 0.3  # the n-grams' share of a garbled text; more unknown than usual by this
+LIKELY = 5  # adapters whose examples a query is compared with: the time does not grow with others
 
 
 class Voices(NamedTuple):
@@ -107,5 +108,12 @@ def place(batch: Batch, gate: Gate) -> Floats | Sparse:
 
 
 def look(batch: Batch, gate: Gate, neighbours: Neighbours) -> Evidence:
-    cosines = neighbours.similarities(place(batch, gate))
-    return Evidence(gate.log_probs(batch), best(cosines, NEIGHBOURS))
+    return compare(batch, gate, neighbours)[0]
+
+
+def compare(batch: Batch, gate: Gate, neighbours: Neighbours) -> tuple[Evidence, Floats]:
+    """What the gate sees, and the cosines with the examples of the likely adapters, [N, E]."""
+    log_probs = gate.log_probs(batch)
+    likely = np.argsort(-log_probs[:, :-1], axis=1, kind="stable")[:, :LIKELY]
+    cosines = neighbours.similarities(place(batch, gate), likely)
+    return Evidence(log_probs, best(cosines, NEIGHBOURS)), cosines

