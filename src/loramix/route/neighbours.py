@@ -53,7 +53,7 @@ class Neighbours:
 
     def _cosines(self, part: slice, query: Floats) -> Floats:
         if isinstance(self.rows, Sparse):
-            return self.rows.part(part).dot(query[:, None])[:, 0]
+            return cast(Floats, self.rows.part(part).dot(query[:, None])[:, 0])
         return cast(Floats, self.rows[part] @ query)
 
 
