@@ -53,7 +53,7 @@ class Neighbours:
 
     def _cosines(self, part: slice, query: Floats) -> Floats:
         if isinstance(self.rows, Sparse):
-            return cast(Floats, self.rows.part(part).dot(query[:, None])[:, 0])
+            return self.rows.part(part).dot(query[:, None])[:, 0]
         return cast(Floats, self.rows[part] @ query)
 
 
@@ -64,7 +64,7 @@ def _count(rows: Floats | Sparse) -> int:
 def _vector(rows: Floats | Sparse, i: int, width: int) -> Floats:
     """One row, as a dense one."""
     if not isinstance(rows, Sparse):
-        return rows[i]
+        return cast(Floats, rows[i])
     columns, values = rows.row(i)
     dense = np.zeros(width, np.float32)
     inside = columns < width
