@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from loramix.chat import Message
 from loramix.engine import Sampling
 from loramix.engine.fake import FakeEngine
 from loramix.errors import BadRequest, MixSyntaxError, RouteError, UnknownAdapter
+from loramix.formats.card import write_card
 from loramix.library import Library
-from loramix.lm import LM, Conversation, default_library, own_library
+from loramix.lm import LM, Conversation, default_library, guided, own_library
 from loramix.mix import Mix
 from loramix.route import Decision
 from tests.shop import BANKING, SQL, Shop
@@ -52,6 +54,32 @@ def test_a_reply_says_what_answered_and_why(faked):
     assert (reply.scores, reply.none) == ({"banking": 0.9, "sql": 0.05}, pytest.approx(0.1))
     assert reply.reasons == ("card",)
     assert str(reply.mix) in reply.text
+
+
+@pytest.mark.parametrize(
+    ("mix", "said"),
+    [("base", ""), ("a", "be a"), ("c", ""), ("a:0.4+b:0.6", "be b"), ("a:-0.7+b:0.6", "be a"),
+     ("a:0.1+c:2", "be a")],
+)  # fmt: skip
+def test_a_conversation_begins_with_the_system_prompt_of_its_heaviest_adapter(mix, said):
+    asked = (Message("user", "hi"),)
+    system = (Message("system", said),) if said else ()
+    prompts = {"a": "be a", "b": "be b", "c": ""}
+    assert guided(asked, Mix.parse(mix), prompts.__getitem__) == system + asked
+    own = (Message("system", "be me"), *asked)
+    assert guided(own, Mix.parse(mix), prompts.__getitem__) == own
+
+
+def test_asking_begins_with_what_the_card_says(lm, shop, tmp_path):
+    shelf = Library(shutil.copytree(shop.library, tmp_path / "library"))
+    own = LM(lm.engine, shelf)
+    bare = own.ask("hi", "sql", sampling=GREEDY).usage.prompt_tokens
+    write_card(replace(shelf.card("sql"), system_prompt="be kind"), shelf.path("sql"))
+    kind = (Message("system", "be kind"), Message("user", "hi"))
+    wanted = own.ask(kind, "sql", sampling=GREEDY)
+    assert own.ask("hi", "sql", sampling=GREEDY).text == wanted.text
+    assert own.ask("hi", "sql", sampling=GREEDY).usage == wanted.usage
+    assert own.ask("hi", "banking", sampling=GREEDY).usage.prompt_tokens == bare
 
 
 def test_a_chosen_mix_is_not_second_guessed(faked):

@@ -47,6 +47,7 @@ class Library:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise AdapterError(f"{folder} is a file; a library is a folder of adapters.")
+        self._prompts: dict[str, tuple[tuple[int, int], str]] = {}  # after the state of its file
 
     def names(self) -> list[str]:
         """The adapters that are there, damaged ones included."""
@@ -84,6 +85,20 @@ class Library:
         if name not in self:
             raise UnknownAdapter(name, self.names())
         return self.folder / name
+
+    def system_prompt(self, name: str) -> str:
+        """That of an adapter's card, or ""; read again only when the file has changed.
+
+        Raises FormatError for a damaged one.
+        """
+        try:
+            found = (self.folder / name / CARD).stat()
+        except OSError:  # it has no card, or is in memory only
+            return ""
+        state = found.st_mtime_ns, found.st_size
+        if name not in self._prompts or self._prompts[name][0] != state:
+            self._prompts[name] = state, read_card(self.folder / name).system_prompt
+        return self._prompts[name][1]
 
     def load(self, name: str) -> Adapter:
         """Raises UnknownAdapter, or FormatError naming the folder if it is damaged."""

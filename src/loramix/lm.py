@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +174,8 @@ class LM:
         messages = as_messages(prompt)
         decision = self.route(messages) if mix == "auto" else None
         chosen = decision.mix if decision else as_mix(mix)
-        return Plan(Request(messages, chosen, sampling or Sampling()), decision)
+        told = guided(messages, chosen, self.library.system_prompt)
+        return Plan(Request(told, chosen, sampling or Sampling()), decision)
 
 
 @dataclass(slots=True)
@@ -294,6 +295,20 @@ def as_messages(prompt: Prompt) -> tuple[Message, ...]:
         if turn.role in ("system", "user"):
             _check_text(turn.content)
     return turns
+
+
+def guided(
+    messages: Sequence[Message], mix: Mix, prompt_of: Callable[[str], str]
+) -> tuple[Message, ...]:
+    """A conversation that brings no system message begins with its adapter's, if that has one.
+
+    Of a mix, that of the heaviest adapter that has one; `prompt_of` knows them by name.
+    """
+    if any(message.role == "system" for message in messages):
+        return tuple(messages)
+    prompts = map(prompt_of, sorted(mix, key=lambda name: -abs(mix[name])))
+    system = next(filter(None, prompts), "")
+    return (Message("system", system), *messages) if system else tuple(messages)
 
 
 def as_mix(mix: str | Mix) -> Mix:

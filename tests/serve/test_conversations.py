@@ -102,6 +102,23 @@ def test_an_answer_is_given_again_under_another_mix(front, lm):
     assert later == offline(lm, "base", *told)
 
 
+def test_its_own_system_prompt_counts_before_its_adapters(lm, url):
+    service = Service(lm, Store.open(url), system_prompts={"sql": "Be brief."})
+    with service.store, running(service) as front:
+        place = made(front.http)
+        for patch, said in (({}, "Be brief."), ({"system": "Be kind."}, "Be kind."),
+                            ({"system": ""}, "Be brief.")):  # fmt: skip
+            if patch:
+                assert front.http.patch(place, json=patch).is_success
+                got = front.http.post(f"{place}/regenerate", json={"mix": "sql"} | GREEDY)
+            else:
+                got = say(front.http, place, "hi", mix="sql")
+            answer = got.json()["turns"][-1]["content"]
+            assert answer == offline(lm, "sql", ("system", said), ("user", "hi"))
+        other = front.http.post(f"{place}/regenerate", json={"mix": "banking"} | GREEDY).json()
+        assert other["turns"][-1]["content"] == offline(lm, "banking", ("user", "hi"))
+
+
 def test_a_chat_goes_on_after_a_restart(lm, url):
     with Store.open(url) as store, running(Service(lm, store)) as front:
         place = made(front.http)

@@ -8,7 +8,6 @@ import pytest
 import loramix
 from loramix.library import Library
 from loramix.lm import LM
-from loramix.mix import Mix
 from loramix.serve.service import Service
 from tests.serve.front import running
 
@@ -40,12 +39,6 @@ def test_a_chat_that_brings_no_system_message_gets_its_adapters(guided):
 def test_one_that_brings_a_system_message_keeps_it(guided):
     own = [{"role": "system", "content": "be very brief"}, HI]
     assert usage(guided, model="sql", messages=own) == usage(guided, model="banking", messages=own)
-
-
-def test_the_heaviest_adapter_that_has_one_gives_it(guided):
-    service = guided.service
-    assert service.system_prompt(Mix({"banking": 2, "sql": 0.1})) == "be kind"
-    assert service.system_prompt(Mix({"banking": 2})) == ""
 
 
 def test_an_adapters_prompt_is_changed_while_it_runs(guided, shop, tmp_path):

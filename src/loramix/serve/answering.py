@@ -19,14 +19,13 @@ from loramix.errors import (
     RouterFailed,
     TookTooLong,
 )
-from loramix.lm import Plan, as_messages
+from loramix.lm import Plan, as_messages, guided
 from loramix.mix import Mix
 from loramix.route import Decision
 from loramix.route.turns import user_turns
 from loramix.serve.service import Caller, Service, Trip
 
 MixOrAuto = Mix | Literal["auto"]
-Prompt = tuple[Message, ...] | str | tuple[int, ...]
 Numbered = tuple[int, Chunk]  # a chunk, and the place of its request among those asked together
 
 
@@ -47,18 +46,11 @@ async def planned(
     chosen = decision.mix if decision else mix
     assert isinstance(chosen, Mix)
     caller.require(chosen, service)
-    prompt = _guided(request.prompt, service.system_prompt(chosen))
+    prompt = request.prompt
+    if prompt and isinstance(prompt[0], Message):
+        messages = [part for part in prompt if isinstance(part, Message)]
+        prompt = guided(messages, chosen, service.prompt_of)
     return Plan(replace(request, mix=chosen, prompt=prompt), decision)
-
-
-def _guided(prompt: Prompt, system: str) -> Prompt:
-    """A chat that brings no system message gets that of its adapter."""
-    if not system or not prompt or not isinstance(prompt[0], Message):
-        return prompt
-    messages = [part for part in prompt if isinstance(part, Message)]
-    if any(message.role == "system" for message in messages):
-        return prompt
-    return (Message("system", system), *messages)
 
 
 def check_system(prompt: str | None) -> None:

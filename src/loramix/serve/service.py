@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
-from loramix.errors import NotAllowed, ServeError, UnknownAdapter
+from loramix.errors import AdapterError, EngineError, NotAllowed, ServeError, UnknownAdapter
 from loramix.lm import LM, has_router, load_router
 from loramix.mix import Mix
 from loramix.serve.limits import Limits
 from loramix.serve.meter import Meter
-from loramix.serve.prompts import CardPrompts
 
 if TYPE_CHECKING:
     from loramix.serve.training import Training
@@ -34,7 +33,6 @@ class Live:
     default: str = ""  # the mix of requests that name none; "" is auto with a router, else base
     numbered: list[str] = field(default_factory=list)  # adapters by the number clients know them by
     hidden: set[str] = field(default_factory=set)  # adapters that were unloaded, not deleted
-    prompts: CardPrompts = field(default_factory=CardPrompts)
     routed: dict[str, str] = field(default_factory=dict)  # the latest texts by trace id
     is_ending: bool = False
     beginning: Lock = field(default_factory=Lock)  # of jobs: one after the other
@@ -99,15 +97,14 @@ class Service:
     def default_mix(self) -> str:
         return self.live.default or ("auto" if has_router(self.lm.library) else "base")
 
-    def system_prompt(self, mix: Mix) -> str:
-        """Of the heaviest adapter of a mix that has one; "" if none has."""
-        prompts = map(self.prompt_of, sorted(mix, key=lambda name: -abs(mix[name])))
-        return next(filter(None, prompts), "")
-
     def prompt_of(self, name: str) -> str:
         """An adapter's system prompt: what the settings say, else its card."""
-        said = self.system_prompts.get(name)
-        return self.live.prompts.of(self.lm.library.folder / name) if said is None else said
+        if (said := self.system_prompts.get(name)) is not None:
+            return said
+        try:
+            return self.lm.library.system_prompt(name)
+        except AdapterError as error:  # its card is damaged: no fault of the request
+            raise EngineError(str(error)) from error
 
     def has(self, name: str) -> bool:
         """Whether an adapter is on offer."""
