@@ -95,7 +95,9 @@ def _within(decision: Decision, names: Set[str]) -> Decision:
     if left and min(weights) > 0 and math.isclose(sum(weights), 1, abs_tol=1e-3):
         left *= 1 / sum(left.values())
     reason = f"{left}: what fits" if left else "base: nothing fits"
-    reasons = (f"{reason} of the adapters on offer to this key",)
+    hidden = decision.scores.keys() - names
+    told = (each for each in decision.reasons if not any(name in each for name in hidden))
+    reasons = (f"{reason} of the adapters on offer to this key", *told)
     none = max(0.0, 1 - sum(scores.values()))
     return Decision(left, scores, none, reasons, decision.latency_ms, trace=decision.trace)
 
