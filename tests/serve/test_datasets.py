@@ -160,3 +160,12 @@ def test_a_server_without_a_place_to_train_says_so(front):
             got = other.http.get(path)
             assert (got.status_code, "does not train" in got.text) == (400, True)
         assert other.post("/v1/jobs", config={}).status_code == 400
+
+
+def test_the_api_describes_jobs_and_datasets(front):
+    paths = front.http.get("/openapi.json").json()["paths"]
+    assert (
+        "text/event-stream" in paths["/v1/jobs/{id}/events"]["get"]["responses"]["200"]["content"]
+    )
+    upload = paths["/v1/datasets/{name}/file"]["post"]["requestBody"]["content"]
+    assert "file" in upload["multipart/form-data"]["schema"]["properties"]

@@ -83,7 +83,7 @@ async def show(id: str, service: Serving) -> JobBody:
     return await asyncio.to_thread(lambda: _body(_found(service, id)))
 
 
-@router.get("/{id}/events", response_class=EventStream, responses={200: STREAMED, 204: {}})
+@router.get("/{id}/events", responses={200: STREAMED, 204: {}})
 async def follow(
     id: str,
     service: Serving,
