@@ -11,7 +11,7 @@ from loramix.engine.local import LocalEngine
 from loramix.library import Library
 from loramix.lm import LM
 from loramix.serve.limits import Limits
-from loramix.serve.service import Service
+from loramix.serve.service import Live, Service
 from loramix.serve.training import Training
 from loramix.store import Store
 from loramix.train.dataset import load_named
@@ -154,7 +154,7 @@ def test_a_form_holds_one_file(front):
 
 
 def test_a_server_without_a_place_to_train_says_so(front):
-    service = dataclasses.replace(front.service, training=None)
+    service = dataclasses.replace(front.service, training=None, live=Live())
     with running(service) as other:
         for path in ("/v1/datasets", "/v1/datasets/x"):
             got = other.http.get(path)
