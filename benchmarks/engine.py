@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/engine.py [--quick] [--json FILE] [--plot FILE] [--native LLAMA_SERVER]
-                                [--tiles]
+                                [--no-tiles]
 
 Random weights of Qwen3-0.6B's shape in bfloat16, two threads; adapters of rank 16 on all seven
 linear layers. Everybody gets the same prompts, weights and precision, in turns; medians of the
@@ -230,7 +230,7 @@ def byte_limit(base_bytes: int, adapters: Sequence[Adapter], ours: LocalEngine) 
     return (base_bytes + kv) / (base_bytes + kv + extra)
 
 
-def memory(tiles: bool) -> dict[str, float]:
+def memory(tiles: bool | None) -> dict[str, float]:
     """Bytes of an engine that serves 32 requests under mixes of 8 adapters, and their parts."""
     model = material.random_model()
     base_bytes = material.size_bytes(model)
@@ -286,7 +286,9 @@ def hot_adds(ours: LocalEngine, spare: Sequence[Adapter]) -> tuple[float, float,
     return float(max(waits)), max(gaps[quiet : end - 1]) / usual, with_it / usual
 
 
-def measure(table: Table, rounds: int, folder: Path, native: Path | None, tiles: bool) -> float:
+def measure(
+    table: Table, rounds: int, folder: Path, native: Path | None, tiles: bool | None
+) -> float:
     """Fill the table; returns the byte limit of decoding under mixes."""
     model = material.random_model()
     base_bytes = material.size_bytes(model)
@@ -303,6 +305,7 @@ def measure(table: Table, rounds: int, folder: Path, native: Path | None, tiles:
     engine = LocalEngine(
         material.base_of(model), adapters[:BATCH], reuse=False, max_batch=32, tiles=tiles
     )
+    print(f"ours: the adapters' products by {'the C function' if engine.has_tiles else 'torch'}")
     ours, bare = Ours(engine), [Mix()] * 32
     short, one, burst = prompts(BATCH, SHORT), prompts(1, SHORT), prompts(BATCH, LONG, 1)
     ways: dict[str, tuple[Answers, Prompts]] = {
@@ -374,10 +377,10 @@ def llama_ways(
     }
 
 
-def memory_apart(tiles: bool) -> dict[str, float]:
+def memory_apart(tiles: bool | None) -> dict[str, float]:
     """`memory()` in a process that does nothing else."""
     command = [sys.executable, str(Path(__file__).resolve()), "--memory"]
-    command += ["--tiles"] if tiles else []
+    command += ["--no-tiles"] if tiles is False else []
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
@@ -484,7 +487,13 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="draw the rates here (SVG or PNG)")
     parser.add_argument("--native", type=Path, help="a llama-server that native_llama.sh built")
-    parser.add_argument("--tiles", action="store_true", help="our engine with its C function")
+    parser.add_argument(
+        "--no-tiles",
+        dest="tiles",
+        action="store_false",
+        default=None,
+        help="our engine without its C function",
+    )
     parser.add_argument("--memory", action="store_true", help="only the memory figure's parts")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)

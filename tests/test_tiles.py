@@ -119,3 +119,18 @@ def test_what_tiles_need_and_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     with pytest.raises(EngineError, match="AVX512-BF16"):
         Tiler()
+
+
+@needs_tiles
+def test_left_open_tiles_are_for_large_bases_that_they_suit(monkeypatch):
+    def has_tiles() -> bool:
+        base = tiny_base()
+        base.model.to(BF16)
+        with LocalEngine(base) as engine:
+            return engine.has_tiles
+
+    assert not has_tiles()
+    monkeypatch.setattr("loramix.engine.local.LARGE", 0)
+    assert has_tiles()
+    with LocalEngine(tiny_base()) as engine:  # of float32
+        assert not engine.has_tiles

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -36,7 +37,9 @@ from loramix.errors import BadRequest, Busy, EngineError, TooLong, UnknownAdapte
 from loramix.library import Library
 from loramix.tiles import Tiler
 
+log = logging.getLogger(__name__)
 GIB = 1 << 30
+LARGE = GIB // 4  # bytes of a base beside whose opening a second more is little
 LONG = 4096  # characters or tokens of a prompt that takes more than a millisecond to read
 
 
@@ -68,7 +71,8 @@ class LocalEngine:
     sets of them. Those that a mix names are read from `library` when first needed, and idle ones of
     these leave, longest unused first; those given to the engine stay. While the engine is open the
     base's model is its own. With `tiles`, the products of a bfloat16 base's adapters are made by a
-    C function that is compiled now (tiles.py): faster, and rounded a little differently.
+    C function that is compiled now (tiles.py): faster, and rounded a little differently. None is
+    wherever it can be had and a base is so large that a second at its opening is little.
 
     Raises EngineError for what `tiles` needs and is not there and for a model that it cannot serve
     exactly, BaseMismatch for an adapter that does not fit.
@@ -88,11 +92,12 @@ class LocalEngine:
         reuse: bool = True,
         adapter_bytes: int = sys.maxsize,
         num_threads: int | None = None,
-        tiles: bool = False,
+        tiles: bool | None = None,
     ) -> None:
         if num_threads is not None and (type(num_threads) is not int or num_threads < 1):
             raise EngineError(f"num_threads is {num_threads}; expected at least 1, or None.")
-        tiler = _tiler(base) if tiles else None
+        tiler = _tiler(base, tiles)
+        self.has_tiles = tiler is not None
         self.token_bytes = require_exact(base.model)  # of keys and values
         self.base = base
         self.library = library
@@ -424,15 +429,24 @@ def _context(base: Base, wanted: int | None) -> int:
     return wanted
 
 
-def _tiler(base: Base) -> Tiler:
-    """For the products of adapters; EngineError if this base or this machine allows none."""
-    kinds = {str(p.dtype) for p in base.model.parameters()} | {base.model.device.type}
-    if kinds != {"torch.bfloat16", "cpu"}:
-        raise EngineError(
-            f"tiles need a bfloat16 base on the CPU, and this one is of "
-            f"{', '.join(sorted(kinds))}; open it so, or leave tiles."
-        )
-    return Tiler()
+def _tiler(base: Base, wanted: bool | None) -> Tiler | None:
+    """For the products of adapters; EngineError if it is wanted, and something forbids it."""
+    parameters = list(base.model.parameters())
+    if wanted is False or (wanted is None and sum(p.nbytes for p in parameters) < LARGE):
+        return None
+    try:
+        kinds = {str(p.dtype) for p in parameters} | {base.model.device.type}
+        if kinds != {"torch.bfloat16", "cpu"}:
+            raise EngineError(
+                f"tiles need a bfloat16 base on the CPU, and this one is of "
+                f"{', '.join(sorted(kinds))}; open it so, or leave tiles."
+            )
+        return Tiler()
+    except EngineError as error:
+        if wanted:
+            raise
+        log.info("The adapters' products are torch's: %s", error)
+        return None
 
 
 def _is_slow(request: Request) -> bool:
