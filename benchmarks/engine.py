@@ -51,6 +51,7 @@ THREADS = 2
 BATCH = 8
 SHORT, LONG = 32, 512  # tokens of a prompt
 STEPS = 32  # decode steps that are timed
+REPEATS = 3  # in a round, in turns, of what takes seconds: a shared machine is unsteady
 COUNTS = (1, 2, 4, 8, 16, 32)  # requests at once
 KV_BYTES = 512 << 20  # of the engine whose memory is measured
 NATIVE = "bf16, built for this CPU"
@@ -337,10 +338,11 @@ def measure(
 
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}")
-        for name, (answer, rows) in ways.items():
-            rate, cpu = decode_rate(answer, rows)
-            table.add(name, rate)
-            table.add(f"{name}: CPU ms a token", 1000 * cpu)
+        for _ in range(REPEATS):
+            for name, (answer, rows) in ways.items():
+                rate, cpu = decode_rate(answer, rows)
+                table.add(name, rate)
+                table.add(f"{name}: CPU ms a token", 1000 * cpu)
         for name in ("ours, 1 mix", "llama.cpp bf16, 1 mix"):
             if name in ways:
                 wall, _ = ways[name][0](burst[:1], 1)
@@ -351,12 +353,13 @@ def measure(
         for count in COUNTS:
             rate, _ = decode_rate(timed(ours.under(two_each(count))), prompts(count, SHORT, 2))
             table.add(f"ours, {count} at once", rate)
-        table.add("ours, 8 mixes, 8 resident", decode_rate(*ways["ours, 8 mixes"])[0])
-        for adapter in adapters[BATCH:]:
-            engine.add(adapter)
-        table.add("ours, 8 mixes, 64 resident", decode_rate(*ways["ours, 8 mixes"])[0])
-        for adapter in adapters[BATCH:]:
-            engine.remove(adapter.name)
+        for _ in range(REPEATS):
+            table.add("ours, 8 mixes, 8 resident", decode_rate(*ways["ours, 8 mixes"])[0])
+            for adapter in adapters[BATCH:]:
+                engine.add(adapter)
+            table.add("ours, 8 mixes, 64 resident", decode_rate(*ways["ours, 8 mixes"])[0])
+            for adapter in adapters[BATCH:]:
+                engine.remove(adapter.name)
         for name, spare in (("hot add", adapters[BATCH : BATCH + 20]), ("no add", ())):
             waits, slowest, typical = hot_adds(engine, spare)
             table.add(f"{name}, steps until usable", waits)
