@@ -130,7 +130,7 @@ def test_left_open_tiles_are_for_large_bases_that_they_suit(monkeypatch):
             return engine.has_tiles
 
     assert not has_tiles()
-    monkeypatch.setattr("loramix.engine.local.LARGE", 0)
+    monkeypatch.setattr("loramix.tiles.LARGE", 0)
     assert has_tiles()
     with LocalEngine(tiny_base()) as engine:  # of float32
         assert not engine.has_tiles

@@ -11,6 +11,7 @@ the threads of torch's OpenMP library, which has the name of the system's.
 from __future__ import annotations
 
 import ctypes
+import logging
 import shutil
 import subprocess
 import tempfile
@@ -20,13 +21,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from loramix.errors import EngineError
 
+log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 TILE = 16  # outputs
+LARGE = 1 << 28  # bytes of a base beside whose opening a second more is little
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -74,6 +77,29 @@ class Tiler:
         rows, width = matrix.shape
         filled = F.pad(matrix, (0, 0, 0, -rows % TILE)).view(-1, TILE, width // 2, 2)
         return Tiles(filled.transpose(1, 2).contiguous(), rows, self._multiply)
+
+
+def tiler_of(model: nn.Module, wanted: bool | None) -> Tiler | None:
+    """For a model's adapters, None where torch is to multiply; EngineError if it is wanted in vain.
+
+    A `wanted` of None is wherever it can be had and the model is large.
+    """
+    parameters = list(model.parameters())
+    if wanted is False or (wanted is None and sum(p.nbytes for p in parameters) < LARGE):
+        return None
+    try:
+        kinds = {str(p.dtype) for p in parameters} | {p.device.type for p in parameters}
+        if kinds != {"torch.bfloat16", "cpu"}:
+            raise EngineError(
+                f"tiles need a bfloat16 base on the CPU, and this one is of "
+                f"{', '.join(sorted(kinds))}; open it so, or leave tiles."
+            )
+        return Tiler()
+    except EngineError as error:
+        if wanted:
+            raise
+        log.info("The adapters' products are torch's: %s", error)
+        return None
 
 
 def fits(matrix: Tensor) -> bool:

@@ -17,12 +17,6 @@ from tests.serve.keyed import client
 from tests.shop import BANKING, SQL
 
 
-@pytest.fixture(scope="module")
-def lm(shop):
-    with loramix.open(shop.base, shop.library) as lm:
-        yield lm
-
-
 @pytest.fixture
 def store(tmp_path):
     with Store.open(f"sqlite:///{tmp_path}/loramix.db") as store:

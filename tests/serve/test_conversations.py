@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import loramix
 from loramix.chat import Message
 from loramix.engine import Request, Sampling
 from loramix.mix import Mix
@@ -17,12 +16,6 @@ from tests.serve.keyed import client
 from tests.shop import BANKING, SQL
 
 GREEDY = {"temperature": 0, "max_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def lm(shop):
-    with loramix.open(shop.base, shop.library) as lm:
-        yield lm
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-import loramix
 from loramix.errors import StoreError
 from loramix.serve.service import Service
 from loramix.store import Store
@@ -102,12 +101,6 @@ def test_kill_9_under_load_loses_nothing_that_was_told(shop, tmp_path, rounds):
     with served(*words) as (_, url):
         check(url, told)
         assert whole(database) == (True, 0)
-
-
-@pytest.fixture(scope="module")
-def lm(shop):
-    with loramix.open(shop.base, shop.library) as lm:
-        yield lm
 
 
 @pytest.fixture

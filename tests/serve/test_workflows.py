@@ -23,12 +23,6 @@ from tests.shop import BANKING, SQL
 GREEDY = {"temperature": 0, "max_tokens": 6}
 
 
-@pytest.fixture(scope="module")
-def lm(shop):
-    with loramix.open(shop.base, shop.library) as lm:
-        yield lm
-
-
 @pytest.fixture
 def store(tmp_path):
     with Store.open(f"sqlite:///{tmp_path}/loramix.db") as store:

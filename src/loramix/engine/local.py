@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -35,11 +34,9 @@ from loramix.engine.scheduler import Reader, Scheduler, Task
 from loramix.engine.text import Detokenizer, StopStrings
 from loramix.errors import BadRequest, Busy, EngineError, TooLong, UnknownAdapter
 from loramix.library import Library
-from loramix.tiles import Tiler
+from loramix.tiles import tiler_of
 
-log = logging.getLogger(__name__)
 GIB = 1 << 30
-LARGE = GIB // 4  # bytes of a base beside whose opening a second more is little
 LONG = 4096  # characters or tokens of a prompt that takes more than a millisecond to read
 
 
@@ -96,7 +93,7 @@ class LocalEngine:
     ) -> None:
         if num_threads is not None and (type(num_threads) is not int or num_threads < 1):
             raise EngineError(f"num_threads is {num_threads}; expected at least 1, or None.")
-        tiler = _tiler(base, tiles)
+        tiler = tiler_of(base.model, tiles)
         self.has_tiles = tiler is not None
         self.token_bytes = require_exact(base.model)  # of keys and values
         self.base = base
@@ -427,26 +424,6 @@ def _context(base: Base, wanted: int | None) -> int:
             f"context is {wanted}; expected 2 to {held}, what this base holds, or None."
         )
     return wanted
-
-
-def _tiler(base: Base, wanted: bool | None) -> Tiler | None:
-    """For the products of adapters; EngineError if it is wanted, and something forbids it."""
-    parameters = list(base.model.parameters())
-    if wanted is False or (wanted is None and sum(p.nbytes for p in parameters) < LARGE):
-        return None
-    try:
-        kinds = {str(p.dtype) for p in parameters} | {base.model.device.type}
-        if kinds != {"torch.bfloat16", "cpu"}:
-            raise EngineError(
-                f"tiles need a bfloat16 base on the CPU, and this one is of "
-                f"{', '.join(sorted(kinds))}; open it so, or leave tiles."
-            )
-        return Tiler()
-    except EngineError as error:
-        if wanted:
-            raise
-        log.info("The adapters' products are torch's: %s", error)
-        return None
 
 
 def _is_slow(request: Request) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
 from loramix.adapter import Card
 from loramix.engine import Request as Question
@@ -30,6 +27,7 @@ from loramix.errors import AdapterError, BadRequest, StorageFailed, UnknownAdapt
 from loramix.formats.card import write_card
 from loramix.formats.folder import CARD, CONFIG, SAFE
 from loramix.mix import Mix, check_name
+from loramix.serve import uploads
 from loramix.serve.answering import check_system
 from loramix.serve.failures import Plain, body
 from loramix.serve.naming import model_mix, scaled
@@ -186,25 +184,10 @@ async def delete(name: str, service: Serving) -> dict[str, str]:
     return {"deleted": name}
 
 
-_UPLOAD: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {
-                        "files": {"type": "array", "items": {"type": "string", "format": "binary"}}
-                    },
-                }
-            }
-        },
-    }
-}
+_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 
 
-@router.post("/v1/adapters/{name}/files", openapi_extra=_UPLOAD)
+@router.post("/v1/adapters/{name}/files", openapi_extra=uploads.described("files", _FILES))
 async def upload(name: str, request: Request, service: Serving, replace: bool = False) -> CardBody:
     """Take in an adapter from the files of its folder: PEFT's or MLX's, with a card or without."""
     check_name(name)
@@ -218,14 +201,7 @@ async def upload(name: str, request: Request, service: Serving, replace: bool = 
 
 async def _receive(request: Request, folder: Path) -> None:
     """Write the files of a form into a folder; BadRequest for any that it should not hold."""
-    try:
-        form = await request.form(max_files=len(FILES), max_fields=0)
-    except HTTPException as error:
-        if error.status_code == 413:
-            raise
-        raise BadRequest(f"The form cannot be read ({error.detail}); send files only.") from error
-    try:
-        parts = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+    async with uploads.received(request, len(FILES), "send files only") as parts:
         names = [part.filename for part in parts]
         if not names or len(set(names)) < len(names) or not set(names) <= set(FILES):
             raise BadRequest(
@@ -233,10 +209,7 @@ async def _receive(request: Request, folder: Path) -> None:
                 f"expected some of {', '.join(FILES)}, each once."
             )
         for part in parts:
-            with (folder / str(part.filename)).open("wb") as file:
-                await asyncio.to_thread(shutil.copyfileobj, part.file, file)
-    finally:
-        await form.close()
+            await uploads.write(part, folder / str(part.filename))
 
 
 async def _take_in(service: Service, folder: Path, name: str, *, replace: bool) -> None:

@@ -19,12 +19,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
 from loramix.detached import OPEN
 from loramix.errors import BadRequest, Conflict, StorageFailed
 from loramix.mix import check_name
+from loramix.serve import uploads
 from loramix.serve.service import ADMIN, Service, Serving
 from loramix.train.data import Row, preview
 from loramix.train.dataset import Sample, conversations, to_rows
@@ -87,22 +86,6 @@ class CheckBody(BaseModel):
     longest_row: int
 
 
-_UPLOAD: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
-
-
 @router.get("")
 async def list_(service: Serving) -> DatasetList:
     def listed() -> DatasetList:
@@ -117,7 +100,10 @@ async def show(name: str, service: Serving) -> DatasetBody:
     return await asyncio.to_thread(lambda: _body(service.trains.datasets.get(name)))
 
 
-@router.post("/{name}/file", status_code=201, openapi_extra=_UPLOAD)
+_FILE = {"type": "string", "format": "binary"}
+
+
+@router.post("/{name}/file", status_code=201, openapi_extra=uploads.described("file", _FILE))
 async def upload(
     name: str, request: Request, service: Serving, replace: bool = False
 ) -> DatasetBody:
@@ -197,24 +183,13 @@ async def delete(name: str, service: Serving) -> dict[str, str]:
 
 async def _receive(request: Request, folder: Path) -> Path:
     """Write the one file of a form into a folder, named by its kind alone. BadRequest."""
-    try:
-        form = await request.form(max_files=1, max_fields=0)
-    except HTTPException as error:
-        if error.status_code == 413:
-            raise
-        raise BadRequest(f"The form cannot be read ({error.detail}); send one file.") from error
-    try:
-        parts = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+    async with uploads.received(request, 1, "send one file") as parts:
         if len(parts) != 1:
             raise BadRequest("The form holds no file; send one, as `file`.")
         kind = Path(parts[0].filename or "").suffix.lower()
         place = folder / f"rows{kind if kind[1:].isalnum() else ''}"
-        with place.open("wb") as file:
-            while chunk := await parts[0].read(1 << 20):
-                await asyncio.to_thread(file.write, chunk)
+        await uploads.write(parts[0], place)
         return place
-    finally:
-        await form.close()
 
 
 def _rows(
