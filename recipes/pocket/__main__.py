@@ -6,9 +6,6 @@ LORAMIX_DATA=... python -m recipes.pocket all        # about two hours on two CP
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +13,11 @@ import torch
 import typer
 
 from loramix.base import POCKET
+from loramix.library import Library
 from recipes.pocket import corpus, history, pretrain, report, routing, turns
-from recipes.pocket.experts import build as build_expert
-from recipes.pocket.experts import write_rows
+from recipes.pocket.experts import install, learn, write_rows
+from recipes.pocket.tasks import TASKS
 
-LONGEST_FIRST = ("sql", "sentiment", "banking", "math", "support")
 HERE = Path(__file__).parent
 app = typer.Typer(add_completion=False, help=__doc__)
 Data = Annotated[Path, typer.Option(envvar="LORAMIX_DATA", exists=True, file_okay=False)]
@@ -44,12 +41,6 @@ def base(data: Data, pocket: Pocket = POCKET, work: Work = Path("build/pocket"))
 
 
 @app.command()
-def expert(name: str, data: Data, pocket: Pocket = POCKET) -> None:
-    """Train one expert over the finished base."""
-    build_expert(name, data, pocket)
-
-
-@app.command()
 def rows(data: Data, work: Work = Path("build/pocket")) -> None:
     """Write the experts' rows as the files that experts.yaml names."""
     write_rows(data, work / "rows")
@@ -69,26 +60,17 @@ def turns_command(data: Data, pocket: Pocket = POCKET, count: int = 500) -> None
 
 @app.command()
 def experts(data: Data, pocket: Pocket = POCKET, work: Work = Path("build/pocket")) -> None:
-    """Train all experts, as many at once as there are cores; their logs go to `work`.
+    """Learn all experts in one pass, and install them."""
+    if set(TASKS) <= set(Library(pocket / "library").names()):
+        return
+    learn(data, pocket, work)
+    install(pocket, work)
 
-    Two processes of one thread learn half as much again as one process of two.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    cores = os.cpu_count() or 1
-    at_once = min(cores, len(LONGEST_FIRST))
-    words = [sys.executable, "-m", "recipes.pocket", "expert", "--data", str(data)]
-    words += ["--pocket", str(pocket)]
 
-    def learn(name: str) -> None:
-        with (work / f"{name}.log").open("w") as log:
-            threads = {"OMP_NUM_THREADS": str(cores // at_once)}
-            subprocess.run(
-                [*words, name], check=True, env=os.environ | threads, stdout=log, stderr=log
-            )
-        print(f"{name} is done", flush=True)
-
-    with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(learn, LONGEST_FIRST))
+@app.command(name="install")
+def install_command(pocket: Pocket = POCKET, work: Work = Path("build/pocket")) -> None:
+    """Put the experts that `work` has learned in the place of those that are there."""
+    install(pocket, work)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The experts: one adapter a task, learned from its training rows over the finished base."""
+"""The experts: one adapter a task, all learned in one pass over the finished base."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from pathlib import Path
 import torch
 
 from loramix.adapter import Card
-from loramix.base import Base, open_base
 from loramix.chat import Example
+from loramix.cli.train import work as train
 from loramix.formats import peft
 from loramix.library import Library
-from loramix.train.config import Run, Settings
-from loramix.train.data import Row, tokenise
-from loramix.train.learner import Course
-from loramix.train.loop import Progress, train
 from loramix.train.recipe import ExpertPlan, read_plan
 from recipes.pocket.tasks import SOURCES, TASKS, Task, load, renumbered, review_parts, thinned
 
@@ -42,27 +38,32 @@ LICENCES = {
 }
 
 
-def build(name: str, data: Path, pocket: Path) -> None:
-    """Train one expert into the library of `pocket`; done already if its folder is there."""
-    library = Library(pocket / "library")
-    if name in library.names():
+def learn(data: Path, pocket: Path, work: Path) -> None:
+    """All five in one pass, into the library of `work`; one that was cut short goes on."""
+    if set(TASKS) <= set(Library(work / "library").names()):
         return
-    base = open_base(str(pocket / "base"), device="cpu")
-    base = replace(base, id="pocket")
-    task = load(name, data)
-    learned, validation = split(task, data)
-    plan = planned()[name]
-    settings = plan.settings
-    print(f"{name}: {len(learned)} rows, {len(validation)} to validate, {settings}", flush=True)
-    course = Course(
-        card(task, base, plan.description),
-        to_rows(base, learned, settings),
-        to_rows(base, validation, settings),
-        settings,
-    )
-    (adapter,) = train(base, [course], Run(bf16=True), report=show)
-    pairs = {layer: pair.to(torch.bfloat16) for layer, pair in adapter.pairs.items()}
-    library.put(replace(adapter, pairs=pairs, digest=peft.digest(pairs)))
+    write_rows(data, work / "rows")
+    places = [f"model_name_or_path={pocket / 'base'}", f"library={work / 'library'}"]
+    places += [f"output_dir={work / 'experts'}"]
+    for name in TASKS:
+        places.append(f"experts.{name}.data={work / 'rows' / name}.jsonl")
+        places.append(f"experts.{name}.eval_data={work / 'rows' / name}-validation.jsonl")
+    train(read_plan(PLAN, places), resume=True)
+
+
+def install(pocket: Path, work: Path) -> None:
+    """Put the experts that were learned into the library of `pocket`, in bfloat16.
+
+    Their scores are those of the report, and their cards show no rows: pocket passes on no text of
+    MAWPS.
+    """
+    learned, shelf = Library(work / "library"), Library(pocket / "library")
+    for name in TASKS:
+        adapter = learned.load(name)
+        pairs = {layer: pair.to(torch.bfloat16) for layer, pair in adapter.pairs.items()}
+        own = card(name, learned.card(name))
+        new = replace(adapter, pairs=pairs, digest=peft.digest(pairs), card=own)
+        shelf.put(new, replace=True)
 
 
 def planned() -> dict[str, ExpertPlan]:
@@ -93,26 +94,12 @@ def split(task: Task, data: Path) -> tuple[list[Example], list[Example]]:
     return learned, validation
 
 
-def to_rows(base: Base, examples: list[Example], settings: Settings) -> list[Row]:
-    return [tokenise(base.tokenizer, example, settings.max_length) for example in examples]
-
-
-def card(task: Task, base: Base, description: str) -> Card:
+def card(name: str, learned: Card) -> Card:
     return Card(
-        name=task.name,
-        description=f"{description} Trained on {SOURCES[task.name]}.",
-        skills=SKILLS[task.name],
+        name=name,
+        description=f"{planned()[name].description} Trained on {SOURCES[name]}.",
+        skills=SKILLS[name],
         base="pocket",
-        base_fingerprint=base.fingerprint,
-        licence=LICENCES[task.name],
+        base_fingerprint=learned.base_fingerprint,
+        licence=LICENCES[name],
     )
-
-
-def show(progress: Progress) -> None:
-    if progress.validation is not None or progress.step % 50 == 0:
-        validation = "" if progress.validation is None else f" validation {progress.validation:.4f}"
-        print(
-            f"{progress.name} {progress.step}/{progress.num_steps} loss {progress.loss:.4f}"
-            f"{validation} {progress.tokens_per_s:.0f} tokens/s",
-            flush=True,
-        )

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from loramix.cli import app
 from loramix.library import Library
-from recipes.pocket.experts import PLAN, SKILLS, planned
+from recipes.pocket.experts import PLAN, SKILLS, install, learn, planned
 from recipes.pocket.tasks import TASKS
 
 
@@ -44,4 +45,22 @@ def test_a_short_run_of_the_file_puts_all_five_into_a_library(tmp_path):
     steps = [f"experts.{name}.max_steps=2" for name in TASKS]
     done = CliRunner().invoke(app, [*words, *steps, f"library={tmp_path / 'library'}"])
     assert done.exit_code == 0, done.output
-    assert Library(tmp_path / "library").names() == list(TASKS)
+    learned = Library(tmp_path / "library")
+    assert learned.names() == list(TASKS)
+    install(tmp_path / "pocket", tmp_path)
+    shelf = Library(tmp_path / "pocket/library")
+    assert shelf.names() == list(TASKS)
+    for name in TASKS:
+        own, found = learned.load(name).pairs, shelf.load(name).pairs
+        assert all(found[layer].a.dtype == torch.bfloat16 for layer in own)
+        assert all(torch.equal(found[layer].b, own[layer].b.bfloat16()) for layer in own)
+        card = shelf.card(name)
+        assert (card.base, card.examples, card.skills) == ("pocket", (), SKILLS[name])
+        assert card.base_fingerprint == learned.card(name).base_fingerprint
+
+
+def test_learning_is_skipped_where_it_is_done(tmp_path):
+    for name in TASKS:
+        (tmp_path / "library" / name).mkdir(parents=True)
+    learn(tmp_path / "no data", tmp_path / "no pocket", tmp_path)
+    assert not (tmp_path / "rows").exists()
