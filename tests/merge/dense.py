@@ -121,11 +121,25 @@ def iso_c(deltas: Tensor, weights: Tensor, rank: int) -> Tensor:
     return s[:rank].mean() * u[:, :rank] @ vt[:rank]
 
 
-def core_ties(pairs: list[tuple[Tensor, Tensor]], weights: Tensor, density: float) -> Tensor:
-    """Core space: coordinates in the singular bases of all B's and all A's."""
-    u = torch.linalg.svd(torch.cat([b for b, _ in pairs], 1), full_matrices=False).U
-    vt = torch.linalg.svd(torch.cat([a for _, a in pairs], 0), full_matrices=False).Vh
-    cores = torch.stack([u.T @ b @ a @ vt.T for b, a in pairs])
+def core_of(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Core space: singular bases U and V^T of all B's and all A's, and each update in them."""
+    u = torch.linalg.svd(torch.cat([b for b, _ in factors], 1), full_matrices=False).U
+    vt = torch.linalg.svd(torch.cat([a for _, a in factors], 0), full_matrices=False).Vh
+    return u, vt, torch.stack([u.T @ b @ a @ vt.T for b, a in factors])
+
+
+def core_sum(factors: list[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
+    u, vt, cores = core_of(factors)
+    return u @ weighed(cores, weights).sum(0) @ vt
+
+
+def core_tsv(factors: list[tuple[Tensor, Tensor]], weights: Tensor, ranks: list[int]) -> Tensor:
+    u, vt, cores = core_of(factors)
+    return u @ tsv_m(cores, weights, ranks) @ vt
+
+
+def core_ties(factors: list[tuple[Tensor, Tensor]], weights: Tensor, density: float) -> Tensor:
+    u, vt, cores = core_of(factors)
     return u @ ties(cores, weights, density) @ vt
 
 
@@ -136,3 +150,21 @@ def knots_ties(deltas: Tensor, weights: Tensor, density: float, rank: int) -> Te
     right = s[:rank, None] * vt[:rank]
     parts = torch.stack([right[:, k * width : (k + 1) * width] for k in range(len(deltas))])
     return u[:, :rank] @ ties(parts, weights, density)
+
+
+def regmean(
+    deltas: Tensor, inputs: list[Tensor], shares: Tensor, off_diagonal: float, seen: Tensor
+) -> Tensor:
+    """RegMean for matrices that multiply columns, (sum W_i G_i) (sum G_i)^-1, of inputs [N_i, D].
+
+    `seen` has the directions [D, Q], orthonormal, that inputs are looked at in.
+    """
+    whole = torch.zeros(deltas.shape[2], deltas.shape[2]).double()
+    wanted = torch.zeros_like(deltas[0])
+    for delta, x, share in zip(deltas, inputs, shares, strict=True):
+        gram = x.T @ x / len(x)
+        gram = off_diagonal * gram + (1 - off_diagonal) * torch.diag(gram.diag())
+        gram = share * seen @ (seen.T @ gram @ seen) @ seen.T
+        whole += gram
+        wanted += delta @ gram
+    return wanted @ torch.linalg.pinv(whole, hermitian=True)

@@ -11,16 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramix.adapter import Adapter, Card
+from loramix.base import Base
+from loramix.chat import Example
 from loramix.errors import AdapterError, BaseMismatch, FormatError, MergeError
 from loramix.formats import peft
 from loramix.lora import Pair
 from loramix.merge.core import Size
 from loramix.merge.fold import RECIPE, merge_adapters
 from loramix.merge.methods import METHODS
+from loramix.merge.moments import gathered
 from loramix.merge.recipe import Recipe, Setting, settings_of
 from loramix.mix import Mix
 from tests.peft_twin import PROBE, load_in_peft, save_twin
-from tests.tiny import folded, random_adapter, tiny_model
+from tests.tiny import folded, random_adapter, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,12 @@ def test_one_adapter_at_weight_one_is_itself_in_peft(config, model, tmp_path):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_makes_an_adapter_that_peft_loads(method, model, adapters, tmp_path):
-    merge_adapters(adapters, recipe("a+b", method)).save(tmp_path / "out")
+    how = recipe("a+b", method)
+    if how.how.reads_inputs:
+        base = Base("tiny", model, tiny_tokenizer(), "")
+        rows = [Example.of("the thing", "in there", name) for name in "ab"]
+        how = replace(how, moments=gathered(base, adapters, rows))
+    merge_adapters(adapters, how).save(tmp_path / "out")
     assert load_in_peft(model, tmp_path / "out").isfinite().all()
 
 

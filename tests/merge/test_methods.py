@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from loramix.errors import MergeError
 from loramix.lora import Pair
 from loramix.merge.methods import METHODS, find
 from loramix.merge.rows import View, combined
-from loramix.merge.updates import Updates
+from loramix.merge.updates import Inputs, Updates
 from tests.merge import dense
 
 OUT, D = 37, 29
@@ -29,11 +30,25 @@ def pair(rank, seed=0, *, out=OUT, width=D):
     return Pair(torch.randn(rank, width, generator=g), torch.randn(out, rank, generator=g))
 
 
-def updates(*terms, layer="model.layers.3.mlp.up_proj", seed=0):
+def rows_of(name, width=D, count=64):
+    """What a layer is given while an adapter answers, [N, D]: of another shape for each of them."""
+    g = torch.Generator().manual_seed(ord(name))
+    x = torch.randn(count, width, generator=g, dtype=torch.float64)
+    return x @ torch.randn(width, width, generator=g, dtype=torch.float64) * width**-0.5
+
+
+def inputs_of(names, pairs):
+    a = torch.cat([p.a.double() for p in pairs if p])
+    rows = [rows_of(name, a.shape[1]) for name in names]
+    gram = torch.stack([(x @ a.T).T @ (x @ a.T) / len(x) for x in rows])
+    return Inputs(gram, torch.stack([x.square().mean(0) for x in rows]))
+
+
+def updates(*terms, layer="model.layers.3.mlp.up_proj", seed=0, names="abcdefgh"):
     """Of (weight, pair or None), named a, b, c, ..."""
     weights = torch.tensor([weight for weight, _ in terms], dtype=torch.float64)
-    names = tuple("abcdefgh"[: len(terms)])
-    return Updates(layer, names, weights, tuple(each for _, each in terms), seed=seed)
+    names, pairs = tuple(names[: len(terms)]), tuple(each for _, each in terms)
+    return Updates(layer, names, weights, pairs, seed=seed, inputs=inputs_of(names, pairs))
 
 
 def merged(name, given, **options):
@@ -80,8 +95,7 @@ def test_the_order_of_adapters_does_not_matter(name, data):
         (data.draw(st.floats(0.125, 2, width=32)), pair(data.draw(st.integers(1, 4)), seed))
         for seed in range(count)
     ]
-    there, back = updates(*terms), updates(*terms[::-1])
-    back = Updates(back.layer, there.names[::-1], back.weights, back.pairs)
+    there, back = updates(*terms), updates(*terms[::-1], names="abcdefgh"[:count][::-1])
     expected = merged(name, there)
     assert (merged(name, back) - expected).norm() <= 1e-4 * expected.norm() + 1e-9
 
@@ -120,6 +134,8 @@ def test_sum_and_average_are_linear(three):
     expected = dense.weighed(deltas(three), three.weights).sum(0)
     close(merged("sum", three), expected, 1e-6)
     close(merged("average", three), expected / three.weights.sum(), 1e-6)
+    close(merged("weighted", three), expected, 1e-6)
+    close(merged("weighted", three, normalise=1), expected / three.weights.sum(), 1e-6)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 0.77, 1.0])
@@ -166,8 +182,43 @@ def test_coordinates_against_the_papers(three):
     factors = [(p.b.double(), p.a.double()) for p in three.pairs]
     expected = dense.core_ties(factors, three.weights, 0.3)
     close(merged("core-ties", three, density=0.3), expected)
+    close(merged("core-sum", three), dense.core_sum(factors, three.weights))
+    ranks = [p.rank for p in three.pairs]
+    close(merged("core-tsv", three), dense.core_tsv(factors, three.weights, ranks))
     expected = dense.knots_ties(deltas(three), three.weights, 0.3, three.rank)
     close(merged("knots-ties", three, density=0.3), expected)
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize("ranks", [(3, 5, 2), (20, 5, 9)], ids=["few", "all directions"])
+def test_regmean_against_the_paper(ranks, off_diagonal):
+    """As dense as in the paper; with ranks that add up to D it is the paper's own, nothing less."""
+    pairs = [pair(rank, seed) for seed, rank in enumerate(ranks)]
+    given = updates(*zip((0.5, 0.25, 1.5), pairs, strict=True))
+    a = torch.cat([p.a for p in pairs]).double()
+    seen = torch.linalg.svd(a, full_matrices=False).Vh.T
+    rows = [rows_of(name) for name in given.names]
+    expected = dense.regmean(deltas(given), rows, given.shares, off_diagonal, seen)
+    if sum(ranks) > D:
+        free = dense.regmean(deltas(given), rows, given.shares, off_diagonal, torch.eye(D).double())
+        close(expected, free, 1e-9)
+    close(merged("regmean", given, off_diagonal=off_diagonal), expected)
+
+
+def test_regmean_is_the_average_where_rows_do_not_differ(three):
+    gram, squares = three.inputs.gram[:1], three.inputs.squares[:1]
+    given = replace(three, inputs=Inputs(gram.expand(3, -1, -1), squares.expand(3, -1)))
+    close(merged("regmean", given), merged("average", given))
+    assert (merged("regmean", three) - merged("average", three)).norm() > 0.1
+
+
+def test_regmean_is_the_average_where_rows_say_nothing(three):
+    """Two tokens each span few directions; in the others no update is better than another."""
+    a = torch.cat([p.a.double() for p in three.pairs])
+    x = torch.randn(2, D, generator=torch.Generator().manual_seed(0)).double()
+    gram = (x @ a.T).T @ (x @ a.T) / 2
+    given = replace(three, inputs=Inputs(gram.expand(3, -1, -1), x.square().mean(0).expand(3, -1)))
+    close(merged("regmean", given, off_diagonal=1), merged("average", given), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["dare", "della-linear"])
@@ -251,6 +302,16 @@ def test_methods_say_what_they_cannot_do():
         merged("slerp", updates(*((1.0, pair(1, n)) for n in range(3))))
     with pytest.raises(MergeError, match="negative"):
         merged("average", updates((1.0, pair(1)), (-0.5, pair(1, 1))))
+    with pytest.raises(MergeError, match="with --data"):
+        merged("regmean", replace(updates((1.0, pair(1))), inputs=None))
+    with pytest.raises(MergeError, match="No row gave"):
+        merged(
+            "regmean",
+            replace(
+                updates((1.0, pair(1))),
+                inputs=Inputs(torch.zeros(1, 1, 1).double(), torch.zeros(1, D).double()),
+            ),
+        )
     with pytest.raises(MergeError, match="positive"):
         merged("ties-normalised", updates((1.0, pair(1)), (-0.5, pair(1, 1))))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,11 +15,13 @@ from typer import Option
 from loramix.cli.flags import Where
 from loramix.cli.opening import hush, no_collection, notice
 from loramix.cli.printing import print_table
+from loramix.cli.reading import read_answered
 from loramix.errors import BadRequest
 from loramix.lm import check_mix
 from loramix.mix import Mix, slug
 
 if TYPE_CHECKING:
+    from loramix.adapter import Adapter
     from loramix.merge.fold import Merged
     from loramix.merge.recipe import Recipe
 
@@ -39,11 +42,28 @@ class How:
     method: Annotated[str, Option(help="sum, average, slerp, ties, dare, tsv-m ...")] = "sum"
     settings: Set = None
     seed: Annotated[int, Option(help="Of methods that drop at random.")] = 0
+    data: Annotated[
+        Path | None, Option(help="Rows with an adapter, a query and an answer each, for regmean.")
+    ] = None
 
     def recipe(self, mix: Mix) -> Recipe:
+        """Checked before anything is read; without the rows."""
         from loramix.merge.recipe import Recipe, settings_of
 
-        return Recipe(mix, self.method, settings_of(self.settings or ()), self.seed)
+        recipe = Recipe(mix, self.method, settings_of(self.settings or ()), self.seed)
+        if self.data is not None and not recipe.how.reads_inputs:
+            raise BadRequest(f"--data does not go with this: {self.method} weighs by no rows.")
+        return recipe
+
+    def informed(self, recipe: Recipe, adapters: Mapping[str, Adapter], base: str) -> Recipe:
+        """With what layers of the base are given, if there are rows to run through it."""
+        if self.data is None:
+            return recipe
+        from loramix.base import open_base
+        from loramix.merge.moments import gathered
+
+        examples = read_answered(self.data)
+        return replaced(recipe, moments=gathered(open_base(base), adapters, examples))
 
 
 def merge(
@@ -65,8 +85,8 @@ def merge(
     to_adapter: dict[str, object] = {"--rank": rank, "--energy": energy}
     to_base: dict[str, object] = {"--shard-size": shard_size, "--prove": prove}
     if lint:
-        writing: dict[str, object] = {"--output": output, "--replace": replace}
-        _refuse(to_adapter | to_base | writing, "--lint only looks and writes nothing")
+        writing = {"--output": output, "--replace": replace, "--data": how.data}
+        _refuse(to_adapter | to_base | writing, "--lint only looks and merges nothing")
         _look(where, wanted, how, into)
         return
     if output is None:
@@ -98,6 +118,7 @@ def _into_adapter(
 
         recipe, limit = how.recipe(mix), Size(*size)
         adapters = {name: where.shelf.load(name) for name in mix}
+        recipe = how.informed(recipe, adapters, where.base)
         merged = merge_adapters(adapters, recipe, limit, name=slug(output.resolve().name))
         merged.save(output, replace=replace)
     typer.echo(_told(merged, output))
@@ -125,6 +146,7 @@ def _into_base(
                 f"names; --lint and --prove tell more.",
                 err=True,
             )
+        recipe = how.informed(recipe, adapters, str(folder))
         did = merge_into(folder, adapters, recipe, output, shard_bytes=shard_bytes, replace=replace)
     resumed = f", {did.num_resumed} of them by an earlier run" if did.num_resumed else ""
     typer.echo(

@@ -14,7 +14,7 @@ from torch import Tensor
 from loramix.lora import Pair
 from loramix.merge.core import Core
 from loramix.merge.entries import dare_ties, ties
-from loramix.merge.registry import on_units
+from loramix.merge.registry import on_factors
 from loramix.merge.rows import View, combined, dense
 from loramix.merge.updates import Updates
 
@@ -22,7 +22,7 @@ CORE = "https://arxiv.org/abs/2509.17786"
 KNOTS = "https://arxiv.org/abs/2410.19735"
 
 
-@on_units("core-ties", source=CORE)
+@on_factors("core-ties", source=CORE)
 def core_ties(updates: Updates, *, density: float = 0.2) -> Pair:
     """TIES on the R by R cores."""
     core = Core.of(updates, "core-ties")
@@ -30,7 +30,7 @@ def core_ties(updates: Updates, *, density: float = 0.2) -> Pair:
     return core.pair(combined(view, ties(view, density=density)).double())
 
 
-@on_units("core-dare-ties", source=CORE)
+@on_factors("core-dare-ties", source=CORE)
 def core_dare_ties(updates: Updates, *, density: float = 0.5) -> Pair:
     """DARE-TIES on the R by R cores."""
     core = Core.of(updates, "core-dare-ties")
@@ -38,7 +38,7 @@ def core_dare_ties(updates: Updates, *, density: float = 0.5) -> Pair:
     return core.pair(combined(view, dare_ties(view, density=density)).double())
 
 
-@on_units("knots-ties", source=KNOTS)
+@on_factors("knots-ties", source=KNOTS)
 def knots_ties(updates: Updates, *, density: float = 0.2) -> Pair:
     """TIES on the right singular parts of all updates side by side."""
     left, right = _aligned(updates, "knots-ties")
@@ -46,7 +46,7 @@ def knots_ties(updates: Updates, *, density: float = 0.2) -> Pair:
     return Pair(combined(view, ties(view, density=density)), left)
 
 
-@on_units("knots-dare-ties", source=KNOTS)
+@on_factors("knots-dare-ties", source=KNOTS)
 def knots_dare_ties(updates: Updates, *, density: float = 0.5) -> Pair:
     """DARE-TIES on the right singular parts of all updates side by side."""
     left, right = _aligned(updates, "knots-dare-ties")

@@ -8,14 +8,23 @@ from torch import Tensor
 from loramix.merge.registry import check_share, on_cores
 
 TINY = 1e-9
+CORE = "https://arxiv.org/abs/2509.17786"
 
 
+@on_cores("core-sum", source=CORE)
+def core_sum(cores: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum, taken in core space: `sum`, with the rank it has and balanced factors."""
+    return torch.einsum("k,kpq->pq", weights, cores)
+
+
+@on_cores("core-tsv", source=CORE)
 @on_cores("tsv-m", source="https://arxiv.org/abs/2412.00081")
 def tsv_m(cores: Tensor, weights: Tensor, *, density: float = 1.0) -> Tensor:
     """Task singular vectors: all updates' singular vectors, made orthogonal to one another.
 
     The share `density` of each update's own ranks is kept; the U's and the V's of all are stacked
     and replaced by the closest orthonormal ones (the polar factor), so that tasks do not interfere.
+    Rotations of all updates change nothing in it, so in core space it is the same method.
     """
     check_share("density", density)
     parts = [_leading(core * weight, density) for core, weight in zip(cores, weights, strict=True)]
@@ -32,7 +41,7 @@ def iso_c(cores: Tensor, weights: Tensor) -> Tensor:
     The mean is over the values that are not zero: the sum of low-rank updates has few of them, and
     the directions outside stay untouched. One update is not itself, but isotropic.
     """
-    u, s, vt = torch.linalg.svd(torch.einsum("k,kpq->pq", weights, cores), full_matrices=False)
+    u, s, vt = torch.linalg.svd(core_sum(cores, weights), full_matrices=False)
     live = s > TINY * s[0]
     return (u[:, live] * s[live].mean()) @ vt[live] if live.any() else torch.zeros_like(cores[0])
 

@@ -8,13 +8,13 @@ from torch import Tensor
 from loramix.errors import MergeError
 from loramix.lora import Pair
 from loramix.merge.core import Core
-from loramix.merge.registry import on_units
+from loramix.merge.registry import on_factors
 from loramix.merge.updates import Updates
 
 ROUNDS = 100
 
 
-@on_units("lora-lego", source="https://arxiv.org/abs/2409.16167")
+@on_factors("lora-lego", source="https://arxiv.org/abs/2409.16167")
 def lora_lego(updates: Updates, *, rank: float = 0) -> Pair:
     """Cluster the rank-one units of all adapters into `rank` new ones (0: the largest rank).
 

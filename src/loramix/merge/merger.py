@@ -23,6 +23,7 @@ from loramix.formats.publish import plan, push
 from loramix.library import Library
 from loramix.merge.core import Size
 from loramix.merge.fold import Merged, merge_adapters
+from loramix.merge.moments import Moments
 from loramix.merge.recipe import Recipe, settings_of
 from loramix.merge.stream import Into, base_folder, merge_into
 from loramix.mix import Mix, slug
@@ -40,16 +41,16 @@ def merge(
     rank: int | None = None,
     energy: float | None = None,
     seed: int = 0,
+    moments: Moments | None = None,
 ) -> Merged:
     """A mix of a library's adapters as one adapter, which `save` writes.
 
-    `settings` are as in {"density": 0.3, "density@mlp": 0.5}. Raises MixError, AdapterError,
-    MergeError.
+    `settings` are as in {"density": 0.3, "density@mlp": 0.5}; `moments` (`merge.moments.gathered`)
+    are for regmean. Raises MixError, AdapterError, MergeError.
     """
     shelf = library if isinstance(library, Library) else Library(library)
-    recipe = Recipe(
-        Mix.parse(mix) if isinstance(mix, str) else mix, method, settings_of(settings), seed
-    )
+    mix = Mix.parse(mix) if isinstance(mix, str) else mix
+    recipe = Recipe(mix, method, settings_of(settings), seed, moments)
     adapters = {name: shelf.load(name) for name in recipe.mix}
     return merge_adapters(adapters, recipe, Size(rank, energy), name=f"{method}-of-{len(adapters)}")
 
@@ -80,6 +81,7 @@ class Merger:
         weights: Sequence[float] | Mapping[str, float] | None = None,
         settings: Settings = (),
         seed: int = 0,
+        moments: Moments | None = None,
     ) -> Merging:
         """How to merge; nothing is computed before it is saved.
 
@@ -103,8 +105,7 @@ class Merger:
             raise MergeError(
                 f"There is no weight for {', '.join(sorted(missing))}; give 0 to leave it out."
             )
-        known = "sum" if method == "weighted" else method
-        return Merging(self, Recipe(Mix(weights), known, settings_of(settings), seed))
+        return Merging(self, Recipe(Mix(weights), method, settings_of(settings), seed, moments))
 
     def _name(self, name: str) -> str:
         count = 2

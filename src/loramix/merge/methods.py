@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from loramix.merge import coordinates, cores, entries, lego, scalars
+from loramix.merge import coordinates, cores, entries, lego, regmean, scalars
 from loramix.merge.registry import METHODS, Method, find
 
-__all__ = ["METHODS", "Method", "coordinates", "cores", "entries", "find", "lego", "scalars"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "coordinates",
+    "cores",
+    "entries",
+    "find",
+    "lego",
+    "regmean",
+    "scalars",
+]

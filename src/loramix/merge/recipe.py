@@ -20,6 +20,7 @@ import torch
 from loramix.adapter import Adapter
 from loramix.errors import MergeError
 from loramix.merge.methods import Method, find
+from loramix.merge.moments import Moments
 from loramix.merge.registry import Outcome
 from loramix.merge.updates import Updates, Weight
 from loramix.mix import Mix
@@ -68,13 +69,15 @@ class Recipe:
     method: str = "sum"
     settings: tuple[Setting, ...] = ()
     seed: int = 0
+    moments: Moments | None = None  # of the inputs, for methods that read them
 
     def __post_init__(self) -> None:
         if not self.mix:
             raise MergeError(
                 "The mix is the bare base, so there is nothing to merge; name adapters."
             )
-        parameters = find(self.method).defaults
+        self._check_moments()
+        parameters = self.how.defaults
         for setting in self.settings:
             if setting.name not in parameters and setting.name not in self.mix:
                 known = ", ".join([*parameters, *self.mix])
@@ -85,6 +88,18 @@ class Recipe:
                 raise MergeError(
                     f"{setting.name!r} is a setting of {self.method} and an adapter; rename it."
                 )
+
+    def _check_moments(self) -> None:
+        """MergeError for moments that the method does not read, or of another mix."""
+        if self.moments is None:
+            return
+        if not self.how.reads_inputs:
+            raise MergeError(f"{self.method} weighs by no rows; leave them out, or use regmean.")
+        if tuple(self.moments.num_tokens) != tuple(self.mix):
+            raise MergeError(
+                f"The rows were run under {', '.join(self.moments.num_tokens)}, and {self.mix} is "
+                f"to be merged; run them under the adapters of the mix."
+            )
 
     @property
     def how(self) -> Method:
@@ -108,7 +123,8 @@ class Recipe:
         pairs = (adapters[name].pairs.get(layer) for name in self.mix)
         single = tuple(pair.to(torch.float32) if pair else None for pair in pairs)
         tensor = torch.tensor([weights[name] for name in self.mix], dtype=torch.float64)
-        return Updates(layer, tuple(self.mix), tensor, single, base, self.seed)
+        inputs = self.moments.by_layer[layer] if self.moments else None
+        return Updates(layer, tuple(self.mix), tensor, single, base, self.seed, inputs)
 
     def merged(self, updates: Updates) -> Outcome:
         """The updates of a layer as one."""
@@ -124,7 +140,7 @@ class Recipe:
             "settings": dict(self.how.defaults)
             | {str(s).rpartition("=")[0]: s.value for s in self.settings},
             "seed": self.seed,
-        }
+        } | (self.moments.describe() if self.moments else {})
 
     def _fitting(self, layer: str, names: Iterable[str]) -> dict[str, float]:
         wanted = set(names)

@@ -4,7 +4,7 @@ Four decorators, for what a method has to see of a layer's updates:
 
     @coefficients   only their inner products: one number per update          -> factors
     @on_cores       their R by R cores (core.py): rotations, singular values  -> factors
-    @on_units       their rank-one units a_r, b_r                             -> factors
+    @on_factors     the a and b of each                                       -> factors
     @on_rows        every entry, after facts about the whole layer            -> rows
 
 The keyword-only parameters of the function, all numbers, are what `--set` changes.
@@ -36,6 +36,7 @@ class Method:
     summary: str
     defaults: Mapping[str, float]
     apply: Callable[..., Outcome]  # (updates, **settings)
+    reads_inputs: bool = False  # needs `Updates.inputs`
 
     @property
     def makes_factors(self) -> bool:
@@ -78,11 +79,13 @@ def on_cores(name: str, *, source: str) -> Callable[[Function], Function]:
     return register
 
 
-def on_units(name: str, *, source: str) -> Callable[[Function], Function]:
+def on_factors(
+    name: str, *, source: str, reads_inputs: bool = False
+) -> Callable[[Function], Function]:
     """Register f(updates, **settings) -> Pair."""
 
     def register(merge: Function) -> Function:
-        return _add(name, source, merge, merge)
+        return _add(name, source, merge, merge, reads_inputs=reads_inputs)
 
     return register
 
@@ -107,9 +110,16 @@ def check_share(name: str, value: float, *, low: float = 0.0) -> None:
         raise MergeError(f"{name} is {value:g}; expected a share from {low:g} to 1.")
 
 
-def _add(name: str, source: str, function: Function, apply: Callable[..., Outcome]) -> Function:
+def _add(
+    name: str,
+    source: str,
+    function: Function,
+    apply: Callable[..., Outcome],
+    *,
+    reads_inputs: bool = False,
+) -> Function:
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: float(p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
     summary = (function.__doc__ or "").strip().split("\n")[0].rstrip(".")
-    METHODS[name] = Method(name, source, summary, defaults, apply)
+    METHODS[name] = Method(name, source, summary, defaults, apply, reads_inputs)
     return function

@@ -23,7 +23,15 @@ def weighted_sum(updates: Updates) -> Tensor:
 @coefficients("average", source="https://arxiv.org/abs/2203.05482")
 def average(updates: Updates) -> Tensor:
     """sum_i w_i dW_i / sum_i w_i: the weights are normalised to sum to one."""
-    return _shares(updates)
+    return updates.shares
+
+
+@coefficients("weighted", source="https://arxiv.org/abs/2212.04089")
+def weighted(updates: Updates, *, normalise: float = 0) -> Tensor:
+    """The weighted sum (`sum`); with `normalise` = 1 over the sum of weights (`average`)."""
+    if normalise not in (0, 1):
+        raise MergeError(f"normalise is {normalise:g}; expected 0 or 1.")
+    return updates.shares if normalise else updates.weights
 
 
 @coefficients("slerp", source="https://dl.acm.org/doi/10.1145/325165.325242")
@@ -33,7 +41,7 @@ def slerp(updates: Updates) -> Tensor:
     sin((1 - t) h) / sin(h) dW_1 + sin(t h) / sin(h) dW_2 with h the angle between them. Where it is
     not defined (parallel updates, a layer only one of them has) it is the straight line.
     """
-    shares = _shares(updates)
+    shares = updates.shares
     if len(shares) > 2:
         raise MergeError(f"slerp is for two adapters, got {len(shares)}; use karcher for more.")
     gram = updates.gram()
@@ -53,7 +61,7 @@ def karcher(updates: Updates) -> Tensor:
     Spherical averaging for any number of updates; for two it is slerp of their directions. An
     update of zero has no direction and counts as length zero.
     """
-    shares, gram = _shares(updates), updates.gram()
+    shares, gram = updates.shares, updates.gram()
     norms = gram.diagonal().clamp(min=0).sqrt()
     live = norms > SMALL
     if not live.any():
@@ -74,7 +82,7 @@ def mean_direction(updates: Updates) -> Tensor:
     What one step in the tangent space at the mean comes to, which some tools call a multi-slerp: it
     differs from `karcher` by some percent.
     """
-    shares, gram = _shares(updates), updates.gram()
+    shares, gram = updates.shares, updates.gram()
     norms = gram.diagonal().clamp(min=0).sqrt()
     live = norms > SMALL
     direction = torch.where(live, shares / norms.clamp(min=SMALL), torch.zeros_like(norms))
@@ -126,12 +134,3 @@ def _cancelled(updates: Updates) -> MergeError:
     return MergeError(
         f"The directions of the updates of {updates.layer} cancel out; use sum instead."
     )
-
-
-def _shares(updates: Updates) -> Tensor:
-    """The weights, normalised to sum to one."""
-    weights = updates.weights.double()
-    if (weights < 0).any() or weights.sum() <= 0:
-        shown = ", ".join(f"{weight:g}" for weight in weights.tolist())
-        raise MergeError(f"This method takes shares of the weights; {shown} must not be negative.")
-    return weights / weights.sum()

@@ -17,10 +17,23 @@ Weight = Callable[[int, int], Tensor]  # rows [N, D] of the pristine base, float
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """Second moments of what a layer is given, over the rows of each of K adapters, in float64.
+
+    `gram` has the means of (A x)(A x)^T, with the A's of all adapters side by side: R by R of what
+    would be D by D. `squares` has those of x * x.
+    """
+
+    gram: Tensor  # [K, R, R]
+    squares: Tensor  # [K, D]
+
+
+@dataclass(frozen=True, slots=True)
 class Updates:
     """The updates that K adapters have for one layer, in float32; None where one has none.
 
-    `base` reads rows of the layer's own weight: a DoRA update is nothing without it.
+    `base` reads rows of the layer's own weight: a DoRA update is nothing without it. `inputs` are
+    there if rows were run through the base before.
     """
 
     layer: str
@@ -29,6 +42,18 @@ class Updates:
     pairs: tuple[Pair | None, ...]
     base: Weight | None = None
     seed: int = 0
+    inputs: Inputs | None = None
+
+    @property
+    def shares(self) -> Tensor:
+        """The weights, normalised to sum to one, [K]; MergeError if one is negative."""
+        weights = self.weights.double()
+        if (weights < 0).any() or weights.sum() <= 0:
+            shown = ", ".join(f"{weight:g}" for weight in weights.tolist())
+            raise MergeError(
+                f"This method takes shares of the weights; {shown} must not be negative."
+            )
+        return weights / weights.sum()
 
     @property
     def present(self) -> list[Pair]:

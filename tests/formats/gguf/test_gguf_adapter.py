@@ -184,7 +184,8 @@ def test_files_that_are_not_such_an_adapter_are_refused(tmp_path):
     cases = {
         "gemma2": ("gemma2", 0.0, {"blk.0.attn_q": good}, "is for a gemma2 base"),
         "shapes": ("llama", 0.0, {"blk.0.attn_q": odd}, r"A \[3, 32\] and B \[32, 2\]"),
-        "name": ("llama", 0.0, {"blk.0.attn_qkv": good}, "is no tensor of a llama base"),
+        "name": ("llama", 0.0, {"blk.0.attn_qkv": good}, "is no tensor of this llama base"),
+        "block": ("llama", 0.0, {"blk.2.attn_q": good}, r"blk.2.attn_q .* \(2 blocks\)"),
         "empty": ("llama", 0.0, {}, "holds no update"),
         "nan": ("llama", 0.0, {"blk.0.attn_q": (good[0] * torch.nan, good[1])}, "NaN"),
     }

@@ -10,6 +10,7 @@ rows and changes with them. The other families are rotated as in transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -119,15 +120,17 @@ class Layout:
     def layer(self, name: str) -> str:
         """The layer that GGUF calls `name`; FormatError if this base has none such."""
         block, _, inside = name.removeprefix("blk.").partition(".")
-        for own, theirs in self.family.inside.items():
-            if theirs == inside and name.startswith("blk.") and block.isdecimal():
-                return f"{self.family.blocks}.{int(block)}.{own}"
-        for own, theirs in self.family.outside.items():
-            if theirs == name:
-                return own
+        layers = [own for own, theirs in self.family.outside.items() if theirs == name]
+        if name.startswith("blk."):
+            inner = [own for own, theirs in self.family.inside.items() if theirs == inside]
+            layers = [f"{self.family.blocks}.{block}.{own}" for own in inner]
+        for layer in layers:
+            with suppress(FormatError):  # a block it has not, an output layer that is tied
+                self.name(layer)
+                return layer
         raise FormatError(
-            f"{name} is no tensor of a {self.family.architecture} base; give the base this GGUF "
-            f"file was made for."
+            f"{name} is no tensor of this {self.family.architecture} base ({self.num_blocks} "
+            f"blocks); give the base this GGUF file was made for."
         )
 
     def reorder(self, name: str, rows: Tensor) -> Tensor:
