@@ -96,6 +96,33 @@ def test_llamas_scales_are_the_mix_of_requests_that_name_none(front):
     assert front.complete(model="base").json()["model"] == "base"
 
 
+def test_a_default_mix_whose_adapter_left_is_said(front):
+    front.http.post("/lora-adapters", json=[{"name": "b"}])
+    assert front.post("/v1/unload_lora_adapter", lora_name="b").is_success
+    got = front.complete(model="")
+    assert (got.status_code, "names no mix" in got.text) == (400, True)
+    assert [adapter["name"] for adapter in front.http.get("/lora-adapters").json()] == ["a"]
+    assert front.http.post("/lora-adapters", json=[{"name": "a"}]).is_success
+    assert front.complete(model="").json()["model"] == "a"
+
+
+def test_an_adapter_is_tried_before_anything_is_in_the_library(front, monkeypatch):
+    library, engine = front.service.lm.library, front.service.lm.engine
+    generate, seen = engine.generate, []
+
+    def trying(requests):
+        seen.append((library.names(), list(requests[0].mix)))
+        return generate(requests)
+
+    monkeypatch.setattr(engine, "generate", trying)
+    assert load(front, "c", "fresh").is_success
+    [(names, [trial])] = seen
+    assert names == ["a", "b"]
+    assert trial not in engine.statistics().adapters
+    assert front.complete(model=trial).status_code == 404
+    assert library.names() == ["a", "b", "c"]
+
+
 def test_a_number_stays_an_adapters_own(front):
     numbers = {a["name"]: a["id"] for a in front.http.get("/lora-adapters").json()}
     front.http.delete("/v1/adapters/a")

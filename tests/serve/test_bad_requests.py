@@ -203,6 +203,10 @@ BAD = [
     (("/v1/load_lora_adapter", {"lora_name": "sql", "lora_path": "x"}), 400, "already been loaded"),
     (("/v1/unload_lora_adapter", {}), 400, "needs to be provided"),
     (("/v1/unload_lora_adapter", {"lora_name": "x"}), 404, "cannot be found"),
+    # names of another place
+    (chat(best_of=1), 400, "Unknown parameter 'best_of'; leave it out."),
+    (("/v1/load_lora_adapter?lora_name=x", {}), 400, "lora_name is no parameter of this query"),
+    (("/v1/adapters/x/files?replce=true", {}), 400, "did you mean 'replace'?"),
     # nothing there
     (("/v1/embeddings", {}), 404, "There is no /v1/embeddings here"),
     (("/v1/models", {}), 405, "cannot be asked by POST"),
@@ -259,3 +263,11 @@ def test_a_text_is_not_taken_for_json(front):
     raw = json.dumps(chat()[1])
     got = front.http.post(CHAT, content=raw, headers={"content-type": "text/plain"})
     assert got.status_code == 400  # so a web page cannot send one without asking first
+    assert "application/json" in got.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/conversations?before=1", "/v1/models?limit=1"])
+def test_a_parameter_of_the_query_that_a_route_does_not_have_is_named(front, path):
+    error = front.http.get(path).json()["error"]
+    assert error["param"] in path
+    assert "no parameter of this query" in error["message"]

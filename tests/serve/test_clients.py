@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import loramix
 from loramix.chat import Message
 from loramix.engine import Request, Sampling
 from loramix.mix import Mix
+from loramix.serve.service import Service
+from loramix.serve.training import Training
+from loramix.store import Store
 from tests.serve.clients import MIX
+from tests.serve.front import running
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.clients
@@ -72,12 +77,24 @@ def test_lm_eval(python, front, shop, wanted):
     assert (got["texts"], got["chats"]) == ([text], [wanted])
 
 
-def test_schemathesis_finds_no_500(python, front):
+@pytest.fixture
+def whole(shop, tmp_path):
+    """A server that keeps conversations and trains, so that no route is a mere refusal."""
+    url = f"sqlite:///{tmp_path}/loramix.db"
+    with loramix.open(shop.base, shop.library) as lm, Store.open(url) as store:
+        training = Training(tmp_path, url, shop.base, lm.engine.base)
+        with running(Service(lm, store, training=training)) as front:
+            rows = b'{"prompt": "red", "completion": "a colour"}\n' * 3
+            front.http.post("/v1/datasets/0/file", files={"file": ("rows.jsonl", rows)})
+            yield front
+
+
+def test_schemathesis_finds_no_500(python, whole):
     """It makes requests, good and bad, of everything the OpenAPI schema says there is."""
     said = run(
         python.with_name("schemathesis"),
         "run",
-        f"{front.url}/openapi.json",
+        f"{whole.url}/openapi.json",
         "--checks=not_a_server_error,content_type_conformance,response_schema_conformance",
         "--max-examples=60",
         "--exclude-method=DELETE",

@@ -143,6 +143,22 @@ def test_a_bad_upload_leaves_nothing(front, name, content, file, says):
     assert not any("bad" in file.name for file in front.service.training.folder.rglob("*"))
 
 
+def test_a_dataset_is_not_called_as_their_list_is(front):
+    kept = front.http.get("/v1/datasets").json()
+    got = upload(front, "dataset_info", b'[{"prompt": "a", "completion": "b"}]', "rows.json")
+    assert (got.status_code, "give another name" in got.text) == (400, True)
+    assert front.http.get("/v1/datasets").json() == kept
+
+
+def test_a_full_disk_is_said(front, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)  # the disk of the form, before the folder's own
+    got = upload(front, "colours2")
+    assert (got.status_code, "No space left" in got.text) == (507, True)
+
+
 def test_a_form_holds_one_file(front):
     two = [("file", ("a.jsonl", ROWS)), ("file", ("b.jsonl", ROWS))]
     for files in (two, None):

@@ -12,10 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from loramix.errors import StoreError
-from loramix.serve.service import Service
-from loramix.store import Store
 from loramix.store.records import Turn
-from tests.serve.front import running, served, wait_for
+from tests.serve.front import served, wait_for
 
 SHORT = {"model": "base", "temperature": 0, "max_tokens": 6}
 
@@ -92,7 +90,7 @@ def killed_under_load(words, told, delay_s):
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_under_load_loses_nothing_that_was_told(shop, tmp_path, rounds):
-    database = tmp_path / "x.db"
+    database = tmp_path / "loramix.db"
     words = [*shop.flags, "--set", f"database={json.dumps(f'sqlite:///{database}')}"]
     told = {}
     for round in range(rounds):
@@ -103,14 +101,8 @@ def test_kill_9_under_load_loses_nothing_that_was_told(shop, tmp_path, rounds):
         assert whole(database) == (True, 0)
 
 
-@pytest.fixture
-def front(lm, tmp_path):
-    with Store.open(f"sqlite:///{tmp_path}/x.db") as store, running(Service(lm, store)) as front:
-        yield front
-
-
-def say(front, place, **more):
-    return front.http.post(f"{place}/turns", json=SHORT | {"content": "hi"} | more)
+def say(keeping, place, **more):
+    return keeping.http.post(f"{place}/turns", json=SHORT | {"content": "hi"} | more)
 
 
 def limited(store, pages):
@@ -133,28 +125,29 @@ def fill(store):
             store.conversations.append(other, [Turn("user", "", number)])
 
 
-def test_a_full_disk_keeps_nothing_half_and_the_service_goes_on(front):
-    place = f"/v1/conversations/{front.http.post('/v1/conversations', json={}).json()['id']}"
-    assert say(front, place).is_success
-    before = front.http.get(place).json()
-    fill(front.service.store)
+def test_a_full_disk_keeps_nothing_half_and_the_service_goes_on(keeping):
+    place = f"/v1/conversations/{keeping.http.post('/v1/conversations', json={}).json()['id']}"
+    assert say(keeping, place).is_success
+    before = keeping.http.get(place).json()
+    fill(keeping.service.store)
     for stream, status in ((False, 507), (True, 200)):  # a stream has begun by then
-        got = say(front, place, stream=stream)
+        got = say(keeping, place, stream=stream)
         assert (got.status_code, "disk is full; make some" in got.text) == (status, True)
-        assert front.http.get(place).json() == before
-        assert front.chat().is_success
-    limited(front.service.store, 1 << 30)
-    assert say(front, place).is_success
-    assert len(front.http.get(place).json()["turns"]) == 4
+        assert keeping.http.get(place).json() == before
+        assert keeping.chat().is_success
+    limited(keeping.service.store, 1 << 30)
+    assert say(keeping, place).is_success
+    assert len(keeping.http.get(place).json()["turns"]) == 4
 
 
-def test_a_database_that_is_gone_is_a_503_and_back_it_goes_on(front, tmp_path):
-    place = f"/v1/conversations/{front.http.post('/v1/conversations', json={}).json()['id']}"
-    (tmp_path / "x.db").rename(tmp_path / "away.db")
-    for got in (front.http.get(place), say(front, place), front.chat()):  # no key can be checked
+def test_a_database_that_is_gone_is_a_503_and_back_it_goes_on(keeping, tmp_path):
+    place = f"/v1/conversations/{keeping.http.post('/v1/conversations', json={}).json()['id']}"
+    (tmp_path / "loramix.db").rename(tmp_path / "away.db")
+    # No key can be looked up, so whatever is asked is refused.
+    for got in (keeping.http.get(place), say(keeping, place), keeping.chat()):
         assert (got.status_code, got.headers["retry-after"]) == (503, "1")
-        assert "x.db cannot be used" in got.json()["error"]["message"]
-    assert front.http.get("/health").is_success
-    (tmp_path / "away.db").rename(tmp_path / "x.db")
-    assert say(front, place).is_success
-    assert len(front.http.get(place).json()["turns"]) == 2
+        assert "loramix.db cannot be used" in got.json()["error"]["message"]
+    assert keeping.http.get("/health").is_success
+    (tmp_path / "away.db").rename(tmp_path / "loramix.db")
+    assert say(keeping, place).is_success
+    assert len(keeping.http.get(place).json()["turns"]) == 2

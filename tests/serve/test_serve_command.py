@@ -55,6 +55,7 @@ def test_it_answers_and_ends_well_and_starts_again(tmp_path, capsys):
         (["serve", "--base", "./lost"], "./lost is no folder with a config.json"),
         (["validate", "--set", "router=none", "--set", "default_mix=auto"], "needs the router"),
         (["run", "--input", "{"], "--input is not JSON"),
+        (["run", "--input", '{"prompt": "a", "stream": true}'], "leave it out"),
         (["run", "--input", "{}"], 'either "prompt" or "messages"'),
         (["run", "--input", '{"prompt": "a", "messages": []}'], 'either "prompt" or "messages"'),
         (["run", "--url", "http://127.0.0.1:1", "--input", '{"prompt": "a"}'], "does not answer"),
@@ -83,6 +84,14 @@ def test_run_in_process_answers_as_ask_does(capsys):
     assert response["model"] == "banking"
     assert main(["ask", "my card was stolen", "-m", "banking", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.strip() == response["choices"][0]["message"]["content"]
+
+
+def test_run_takes_any_way_to_name_a_mix(front, capsys):
+    for more in ({"lora": [{"name": "sql"}]}, {"adapter_id": "sql"}, {"model": "sql"}):
+        body = {"prompt": "how many singers?", "temperature": 0, "max_tokens": 4, **more}
+        words = ["run", "--url", front.url, "--json", "--input", json.dumps(body)]
+        assert main(words) == 0
+        assert json.loads(capsys.readouterr().out)["model"] == "sql"
 
 
 def test_a_refused_request_fails_the_command(capsys):

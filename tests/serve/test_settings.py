@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
+import loramix
 from loramix.engine.local import LocalEngine
 from loramix.errors import LoramixError, SettingsError
 from loramix.formats import peft
 from loramix.library import Library
+from loramix.mix import Mix
+from loramix.route.fixed import FixedRouter
 from loramix.serve.opening import open_service, problems
+from loramix.serve.service import Service
 from loramix.serve.settings import (
     AdapterSettings,
     BaseSettings,
@@ -25,6 +29,7 @@ from loramix.store.keys import new_secret
 from tests.tiny import random_adapter, tiny_base
 
 SECRET = new_secret()
+FIXED = FixedRouter(Mix.parse("sql"))
 ROOT = Path(__file__).parents[2]
 DOCUMENT, EXAMPLE = ROOT / "docs" / "server.md", ROOT / "examples" / "loramix.yaml"
 
@@ -255,6 +260,12 @@ def test_a_router_of_the_settings(tmp_path):
     assert router.adapters == ("sql",)
     assert load([], ["router.kind=none"]).router.opened() is False
     assert load([]).router.opened() is True
+
+
+@pytest.mark.parametrize(("router", "mix"), [(False, "base"), (True, "auto"), (FIXED, "auto")])
+def test_who_names_no_mix_is_routed_if_anything_routes(shop, router, mix):
+    with loramix.open(shop.base, shop.library, router=router) as lm:
+        assert Service(lm).default_mix == mix
 
 
 def test_the_document_names_every_setting():

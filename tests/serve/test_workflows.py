@@ -1,6 +1,7 @@
 """Workflows over HTTP: runs that are waited for, streamed or left alone, and whose they are."""
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -11,28 +12,16 @@ import pytest
 import loramix
 from loramix.chat import Message
 from loramix.engine import Request, Sampling
+from loramix.errors import NoRecord
 from loramix.mix import Mix
 from loramix.serve.limits import Limits
-from loramix.serve.runs import abandon
+from loramix.serve.runs import abandon, expire
 from loramix.serve.service import Service
-from loramix.store import Store
 from tests.serve.front import running, wait_for
 from tests.serve.keyed import client
 from tests.shop import BANKING, SQL
 
 GREEDY = {"temperature": 0, "max_tokens": 6}
-
-
-@pytest.fixture
-def store(tmp_path):
-    with Store.open(f"sqlite:///{tmp_path}/loramix.db") as store:
-        yield store
-
-
-@pytest.fixture
-def front(lm, store):
-    with running(Service(lm, store)) as front:
-        yield front
 
 
 @pytest.fixture
@@ -58,8 +47,8 @@ def offline(lm, mix, *messages):
     return lm.engine.generate([Request(turns, Mix.parse(mix), sampling)])[0].text
 
 
-def status(front, id):
-    return front.http.get(f"/api/tasks/{id}").json()["status"]
+def status(keeping, id):
+    return keeping.http.get(f"/api/tasks/{id}").json()["status"]
 
 
 def busy(lm):
@@ -70,24 +59,24 @@ def streamed(response):
     return [line.removeprefix("data: ") for line in response.iter_lines() if line]
 
 
-def test_workflows_are_the_base_the_router_the_adapters_and_the_default(front):
+def test_workflows_are_the_base_the_router_the_adapters_and_the_default(keeping):
     def listed():
-        found = front.http.get("/api/workflows").json()
+        found = keeping.http.get("/api/workflows").json()
         return [each["workflow_id"] for each in found], [
             each["workflow_id"] for each in found if each["default"]
         ]
 
     assert listed() == (["base", "auto", "banking", "sql"], ["auto"])
-    front.service.live.default = "banking:0.5+sql:0.25"
+    keeping.service.live.default = "banking:0.5+sql:0.25"
     ids, default = listed()
     assert ids == ["base", "auto", "banking", "sql", *default]
     assert Mix.parse(default[0]) == Mix({"banking": 0.5, "sql": 0.25})
     for id in ids:
-        found = front.http.get(f"/api/workflows/{id}/schema").json()
+        found = keeping.http.get(f"/api/workflows/{id}/schema").json()
         assert found["workflow_id"] == id
         assert found["input"]["required"] == ["prompt"]
         assert "text" in found["output"]["properties"]
-    assert front.http.get("/api/workflows/nobody/schema").status_code == 404
+    assert keeping.http.get("/api/workflows/nobody/schema").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -95,8 +84,8 @@ def test_workflows_are_the_base_the_router_the_adapters_and_the_default(front):
     [("banking", "banking"), ("base", "base"), ("auto", "banking"), (None, "banking"),
      ("banking:0.5+sql:0.25", "banking:0.5+sql:0.25")],
 )  # fmt: skip
-def test_a_run_that_is_waited_for_has_its_output(front, lm, workflow, mix):
-    got = run(front.http, workflow=workflow, metadata={"from": "test", "n": 1})
+def test_a_run_that_is_waited_for_has_its_output(keeping, lm, workflow, mix):
+    got = run(keeping.http, workflow=workflow, metadata={"from": "test", "n": 1})
     task = got.json()
     assert (got.status_code, task["status"]) == (200, "completed"), got.text
     assert task["workflow_id"] == (workflow or "auto")
@@ -104,23 +93,23 @@ def test_a_run_that_is_waited_for_has_its_output(front, lm, workflow, mix):
     assert task["output"]["loramix"]["mix"] == got.headers["x-loramix-mix"] == mix
     assert task["output"]["usage"]["prompt_tokens"] > 0
     assert task["metadata"] == {"from": "test", "n": 1}
-    assert front.http.get(f"/api/tasks/{task['task_id']}").json() == task
-    only = run(front.http, workflow=workflow, output_only=True).json()
+    assert keeping.http.get(f"/api/tasks/{task['task_id']}").json() == task
+    only = run(keeping.http, workflow=workflow, output_only=True).json()
     assert only["text"] == task["output"]["text"]
 
 
-def test_a_run_that_is_not_waited_for_goes_on(front, lm):
-    got = run(front.http, wait_for_completion=False)
+def test_a_run_that_is_not_waited_for_goes_on(keeping, lm):
+    got = run(keeping.http, wait_for_completion=False)
     task = got.json()
     assert (got.status_code, task["status"], task["output"]) == (202, "pending", None)
-    wait_for(lambda: status(front, task["task_id"]) == "completed")
-    found = front.http.get(f"/api/tasks/{task['task_id']}").json()
+    wait_for(lambda: status(keeping, task["task_id"]) == "completed")
+    found = keeping.http.get(f"/api/tasks/{task['task_id']}").json()
     assert found["output"]["text"] == offline(lm, "banking", ("user", BANKING))
     assert found["ended"] > found["created"]
 
 
-def test_a_stream_has_the_text_then_the_task(front, lm):
-    with front.http.stream(
+def test_a_stream_has_the_text_then_the_task(keeping, lm):
+    with keeping.http.stream(
         "POST",
         "/api/workflows/runs",
         json={"workflow_id": "sql", "input": {"prompt": SQL} | GREEDY, "stream": True},
@@ -132,17 +121,15 @@ def test_a_stream_has_the_text_then_the_task(front, lm):
     assert (done, last["status"]) == ("[DONE]", "completed")
     assert {event["status"] for event in deltas} == {"processing"}
     assert text == last["output"]["text"] == offline(lm, "sql", ("user", SQL))
-    assert front.http.get(f"/api/tasks/{last['task_id']}").json() == last
+    assert keeping.http.get(f"/api/tasks/{last['task_id']}").json() == last
 
 
-@pytest.mark.parametrize("way", ["post", "delete"])
-def test_cancelling_frees_the_engine(front, lm, slow, way):
-    id = run(front.http, max_tokens=100, wait_for_completion=False).json()["task_id"]
-    wait_for(lambda: status(front, id) == "processing")
-    place = f"/api/tasks/{id}"
+def test_cancelling_frees_the_engine(keeping, lm, slow):
+    id = run(keeping.http, max_tokens=100, wait_for_completion=False).json()["task_id"]
+    wait_for(lambda: status(keeping, id) == "processing")
 
     def cancel():
-        return front.http.post(f"{place}/cancel") if way == "post" else front.http.delete(place)
+        return keeping.http.post(f"/api/tasks/{id}/cancel")
 
     got = cancel()
     start = time.monotonic()
@@ -150,24 +137,47 @@ def test_cancelling_frees_the_engine(front, lm, slow, way):
     wait_for(lambda: not busy(lm))
     assert time.monotonic() - start < 0.5  # all of it would take 5 s
     assert cancel().status_code == 409
-    assert status(front, id) == "cancelled"
-    assert not front.service.live.runs
+    assert status(keeping, id) == "cancelled"
+    assert not keeping.service.live.runs
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_deleted_task_leaves_nothing(keeping, lm, slow, is_over):
+    tokens = 1 if is_over else 100
+    id = run(keeping.http, max_tokens=tokens, wait_for_completion=False).json()["task_id"]
+    wait_for(lambda: status(keeping, id) == ("completed" if is_over else "processing"))
+    got = keeping.http.delete(f"/api/tasks/{id}")
+    assert (got.status_code, got.json()) == (200, {"deleted": id})
+    wait_for(lambda: not busy(lm))
+    assert keeping.http.get(f"/api/tasks/{id}").status_code == 404
+    assert keeping.http.delete(f"/api/tasks/{id}").status_code == 404
+
+
+def test_tasks_that_are_over_for_long_are_forgotten(lm, store):
+    over, at_work = (store.tasks.create("", "base", {"prompt": "hi"}) for _ in range(2))
+    store.tasks.set(over.id, "completed", output={})
+    service = Service(lm, store, limits=Limits(task_days=0))
+    with contextlib.suppress(TimeoutError):
+        asyncio.run(asyncio.wait_for(expire(service), 0.5))
+    assert store.tasks.get(at_work.id, [""]).status == "pending"
+    with pytest.raises(NoRecord):
+        store.tasks.get(over.id, [""])
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_whoever_waits_for_a_run_that_is_cancelled_is_told(front, lm, slow, stream):
+def test_whoever_waits_for_a_run_that_is_cancelled_is_told(keeping, lm, slow, stream):
     answers = []
 
     def ask():
-        with client(front) as http:
+        with client(keeping) as http:
             answers.append(run(http, max_tokens=100, stream=stream))
 
     asking = threading.Thread(target=ask)
     asking.start()
-    wait_for(lambda: front.service.live.runs and busy(lm))
+    wait_for(lambda: keeping.service.live.runs and busy(lm))
     time.sleep(0.2)  # the stream has begun
-    [id] = front.service.live.runs
-    assert front.http.post(f"/api/tasks/{id}/cancel").status_code == 200
+    [id] = keeping.service.live.runs
+    assert keeping.http.post(f"/api/tasks/{id}/cancel").status_code == 200
     asking.join()
     [got] = answers
     assert "was cancelled" in got.text
@@ -178,35 +188,35 @@ def test_whoever_waits_for_a_run_that_is_cancelled_is_told(front, lm, slow, stre
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_cancels_what_it_waits_for(front, lm, slow, stream):
+def test_a_client_that_leaves_cancels_what_it_waits_for(keeping, lm, slow, stream):
     given = {"prompt": BANKING, "temperature": 0, "max_tokens": 100}
     body = {"workflow_id": "banking", "input": given, "stream": stream}
 
     async def leave():
-        async with httpx.AsyncClient(base_url=front.url) as http:
+        async with httpx.AsyncClient(base_url=keeping.url) as http:
             asking = asyncio.create_task(http.post("/api/workflows/runs", json=body))
             while not busy(lm):
                 await asyncio.sleep(0.01)
-            [id] = front.service.live.runs
+            [id] = keeping.service.live.runs
             asking.cancel()
             return id
 
     id = asyncio.run(leave())
     start = time.monotonic()
-    wait_for(lambda: not busy(lm) and not front.service.live.runs)
+    wait_for(lambda: not busy(lm) and not keeping.service.live.runs)
     assert time.monotonic() - start < 0.5  # all of it would take 5 s
-    assert status(front, id) == "cancelled"
+    assert status(keeping, id) == "cancelled"
 
 
-def test_a_session_is_a_conversation_and_its_history_is_read(front, lm):
-    made = front.http.post("/v1/conversations", json={"system": "Be brief."}).json()["id"]
-    first = run(front.http, session_id=made).json()
+def test_a_session_is_a_conversation_and_its_history_is_read(keeping, lm):
+    made = keeping.http.post("/v1/conversations", json={"system": "Be brief."}).json()["id"]
+    first = run(keeping.http, session_id=made).json()
     assert first["session_id"] == made
-    second = run(front.http, SQL, "sql", session_id=made).json()["output"]["text"]
+    second = run(keeping.http, SQL, "sql", session_id=made).json()["output"]["text"]
     said = first["output"]["text"]
     told = [("system", "Be brief."), ("user", BANKING), ("assistant", said), ("user", SQL)]
     assert second == offline(lm, "sql", *told)
-    turns = front.http.get(f"/v1/conversations/{made}").json()["turns"]
+    turns = keeping.http.get(f"/v1/conversations/{made}").json()["turns"]
     assert [turn["content"] for turn in turns] == [BANKING, said, SQL, second]
     assert [turn["mix"] for turn in turns] == ["", "banking", "", "sql"]
 
@@ -216,24 +226,24 @@ def test_a_failure_is_never_a_200(lm, store, monkeypatch, wait):
     def broken(batch):
         raise ZeroDivisionError
 
-    with running(Service(lm, store)) as front:
+    with running(Service(lm, store)) as keeping:
         with monkeypatch.context() as patch:
             patch.setattr(lm.engine._core, "forward", broken)
-            got = run(front.http, wait_for_completion=wait)
+            got = run(keeping.http, wait_for_completion=wait)
             if wait:
                 assert got.status_code == 500
                 return
             id = got.json()["task_id"]
-            wait_for(lambda: front.http.get(f"/api/tasks/{id}").status_code != 200)
-        later = front.http.get(f"/api/tasks/{id}")
+            wait_for(lambda: keeping.http.get(f"/api/tasks/{id}").status_code != 200)
+        later = keeping.http.get(f"/api/tasks/{id}")
         assert (later.status_code, f"The task {id} failed: " in later.text) == (500, True)
-        assert run(front.http).status_code == 200
+        assert run(keeping.http).status_code == 200
 
 
 @pytest.mark.parametrize("way", [{}, {"stream": True}, {"wait_for_completion": False}])
 def test_a_run_that_takes_too_long_fails(lm, store, slow, way):
-    with running(Service(lm, store, limits=Limits(timeout_s=0.3))) as front:
-        got = run(front.http, max_tokens=100, **way)
+    with running(Service(lm, store, limits=Limits(timeout_s=0.3))) as keeping:
+        got = run(keeping.http, max_tokens=100, **way)
         if not way:
             assert got.status_code == 504
         elif "stream" in way:
@@ -242,9 +252,9 @@ def test_a_run_that_takes_too_long_fails(lm, store, slow, way):
             id = json.loads(streamed(got)[0])["task_id"]
         else:
             id = got.json()["task_id"]
-        wait_for(lambda: not front.service.live.runs)
+        wait_for(lambda: not keeping.service.live.runs)
         if way:
-            later = front.http.get(f"/api/tasks/{id}")
+            later = keeping.http.get(f"/api/tasks/{id}")
             assert (later.status_code, "took longer" in later.text) == (500, True)
 
 
@@ -257,9 +267,9 @@ def test_the_end_of_the_server_waits_for_tasks_then_fails_them(shop, store, monk
             return forward(batch)
 
         monkeypatch.setattr(lm.engine._core, "forward", slow)
-        with running(Service(lm, store, limits=Limits(shutdown_s=1))) as front:
+        with running(Service(lm, store, limits=Limits(shutdown_s=1))) as keeping:
             ids = [
-                run(front.http, max_tokens=num, wait_for_completion=False).json()["task_id"]
+                run(keeping.http, max_tokens=num, wait_for_completion=False).json()["task_id"]
                 for num in (2, 100)
             ]
     short, long = (store.tasks.get(id, [""]) for id in ids)
@@ -269,8 +279,8 @@ def test_the_end_of_the_server_waits_for_tasks_then_fails_them(shop, store, monk
 
 def test_a_task_whose_server_died_is_failed_at_the_next_start(lm, store):
     id = store.tasks.create("", "base", {"prompt": "hi"}).id
-    with running(Service(lm, store)) as front:
-        got = front.http.get(f"/api/tasks/{id}")
+    with running(Service(lm, store)) as keeping:
+        got = keeping.http.get(f"/api/tasks/{id}")
         assert (got.status_code, "Its server ended" in got.text) == (500, True)
 
 
@@ -286,17 +296,17 @@ def test_a_shared_database_keeps_what_other_servers_do(lm, store, monkeypatch):
     assert store.tasks.get(young, [""]).status == "failed"
 
 
-def test_tasks_belong_to_the_key_that_made_them_and_adapters_to_theirs(front, lm, slow):
-    keys = front.service.store.keys
+def test_tasks_belong_to_the_key_that_made_them_and_adapters_to_theirs(keeping, lm, slow):
+    keys = keeping.service.store.keys
     secrets = {
         name: keys.add(name, adapters=[adapter])[1]
         for name, adapter in {"ada": "banking", "bob": "sql"}.items()
     }
     admin = keys.add("root", role="admin")[1]
     with (
-        client(front, secrets["ada"]) as ada,
-        client(front, secrets["bob"]) as bob,
-        client(front, admin) as root,
+        client(keeping, secrets["ada"]) as ada,
+        client(keeping, secrets["bob"]) as bob,
+        client(keeping, admin) as root,
     ):
         id = run(ada, max_tokens=100, wait_for_completion=False).json()["task_id"]
         place = f"/api/tasks/{id}"
@@ -306,7 +316,7 @@ def test_tasks_belong_to_the_key_that_made_them_and_adapters_to_theirs(front, lm
             got.append(run(other, workflow="base", session_id=session))
             assert {each.status_code for each in got} == {404}
         assert ada.get(place).json()["status"] in ("pending", "processing")
-        assert ada.delete(place).json()["status"] == "cancelled"
+        assert ada.delete(place).json() == {"deleted": id}
         assert run(bob, workflow="banking").status_code == 404
         assert run(bob, workflow="sql:0.5+banking:0.1").status_code == 404
         assert bob.get("/api/workflows/banking/schema").status_code == 404
@@ -315,18 +325,19 @@ def test_tasks_belong_to_the_key_that_made_them_and_adapters_to_theirs(front, lm
         ]  # fmt: skip
         routed = run(bob, BANKING, "auto").json()["output"]["loramix"]
         assert "banking" not in routed["mix"] + str(routed["scores"])
-        front.service.live.default = "banking:0.5"
-        assert run(bob, workflow=None).status_code == 404
+        keeping.service.live.default = "banking:0.5"
+        refused = run(bob, workflow=None)
+        assert (refused.status_code, "banking" in refused.text) == (400, False)
         assert "banking" not in bob.get("/api/workflows").text
-    with client(front) as nobody:
+    with client(keeping) as nobody:
         assert nobody.get("/api/workflows").status_code == 401
 
 
-def test_tokens_of_a_run_that_is_not_waited_for_are_counted(front):
-    secret = front.service.store.keys.add("ada", tokens_per_minute=5)[1]
-    with client(front, secret) as ada:
+def test_tokens_of_a_run_that_is_not_waited_for_are_counted(keeping):
+    secret = keeping.service.store.keys.add("ada", tokens_per_minute=5)[1]
+    with client(keeping, secret) as ada:
         assert run(ada, wait_for_completion=False).status_code == 202
-        wait_for(lambda: not front.service.live.runs)
+        wait_for(lambda: not keeping.service.live.runs)
         got = ada.get("/api/workflows")
         assert (got.status_code, "5 tokens" in got.text) == (429, True)
 
@@ -354,14 +365,14 @@ def test_tokens_of_a_run_that_is_not_waited_for_are_counted(front):
         ({"input": {"prompt": "hi"}, "wait_for_completion": False, "stream": True}, 400, "stream"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(front, body, status, says):
-    got = front.http.post("/api/workflows/runs", json=body)
+def test_what_cannot_be_is_refused(keeping, body, status, says):
+    got = keeping.http.post("/api/workflows/runs", json=body)
     assert (got.status_code, says in got.json()["error"]["message"]) == (status, True), got.text
 
 
-def test_no_such_task_and_no_store(lm, front):
-    assert front.http.get("/api/tasks/x").status_code == 404
-    assert front.http.post("/api/tasks/x/cancel").status_code == 404
+def test_no_such_task_and_no_store(lm, keeping):
+    assert keeping.http.get("/api/tasks/x").status_code == 404
+    assert keeping.http.post("/api/tasks/x/cancel").status_code == 404
     with running(Service(lm)) as bare:
         got = run(bare.http)
         assert (got.status_code, "keeps nothing" in got.text) == (400, True)

@@ -311,6 +311,20 @@ def test_tasks_of_a_server_that_ended_fail(store):
     assert found[0].error == "The server ended."
 
 
+def test_a_task_is_forgotten_by_its_owner_or_with_time(store):
+    mine, old, open_ = (store.tasks.create("me", "chat", {}) for _ in range(3))
+    for task in (mine, old):
+        store.tasks.set(task.id, "cancelled")
+    with pytest.raises(NoRecord):
+        store.tasks.delete(mine.id, ["you"])
+    store.tasks.delete(mine.id, ["me"])
+    with pytest.raises(NoRecord):
+        store.tasks.get(mine.id, ["me"])
+    assert store.tasks.expire(store.tasks.get(old.id, ["me"]).ended) == 0
+    assert store.tasks.expire(time.time() + 1) == 1
+    assert store.tasks.get(open_.id, ["me"]) == open_
+
+
 def test_a_job_is_started_by_one_and_ends_once(store):
     job = store.jobs.create("train", "sql", {"epochs": 3}, "/runs/1")
     other = store.jobs.create("train", "math", {}, "/runs/2")

@@ -183,6 +183,20 @@ def test_escape_stops_and_what_there_is_is_kept(page):
     assert page.one(".facts").text.endswith("stopped")
 
 
+def test_a_question_that_was_not_sent_outlives_a_reload(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.type("my card", Keys.SHIFT, Keys.ENTER, Keys.NULL, "is lost")
+    page.reload()
+    page.until(lambda: page.one("textarea").get_property("value") == "my card\nis lost")
+    page.type(Keys.ENTER)
+    page.until(lambda: page.all(".facts"))
+    assert page.texts(".question") == ["my card\nis lost"]
+    page.reload()
+    page.until(lambda: page.all(".facts"))
+    assert page.one("textarea").get_property("value") == ""
+
+
 def test_what_a_model_writes_can_do_nothing(page, database):
     with Store.open(database) as store:
         made = store.conversations.create("", title="<img src=x onerror='window.harmed=1'>")
@@ -239,6 +253,17 @@ def test_a_phone_has_it_all(page):
     time.sleep(0.4)  # it slides in
     page.one(".new").click()
     page.until(lambda: page.all(".welcome") and not page.all(".new"))
+
+
+def test_escape_closes_what_lies_over_the_page(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.resize(PHONE)
+    page.reload()
+    page.one(".pill").click()
+    page.until(lambda: page.all(".range"))
+    page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    page.until(lambda: not page.all(".q-drawer__backdrop:not(.hidden)"))
 
 
 def test_dark_is_kept(page):

@@ -10,7 +10,7 @@ from nicegui import ui
 from nicegui.testing.user import User
 from nicegui.testing.user_interaction import UserInteraction
 
-from loramix.studio import answers
+from loramix.studio import answers, history, page
 from loramix.studio.fader import Fader
 from tests.shop import BANKING, SQL
 from tests.studio.conftest import Site
@@ -146,6 +146,30 @@ def test_a_conversation_that_is_not_there_is_said(site: Site):
         return [text for text in labels(user, "notice") if text]
 
     assert site.act(story()) == ["There is no conversation 'lost' of this key."]
+
+
+def test_older_conversations_are_listed_once(site: Site, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(page, "LIST", "/v1/conversations?limit=2")
+    monkeypatch.setattr(history, "LIST", "/v1/conversations?limit=2")
+    for number in range(5):
+        site.front.post("/v1/conversations", title=f"chat {number}")
+
+    async def story():
+        user = await opened(site)
+
+        def listed() -> list[str]:
+            return [each.text for each in found(user, ui.button, "entry-title")]
+
+        first = listed()
+        for size in (4, 5):
+            press(user, one(found(user, ui.button, ""), "Older"))
+            await until(lambda size=size: len(listed()) == size)
+        return first, listed(), [each.text for each in found(user, ui.button, "")]
+
+    newest = [f"chat {number}" for number in (4, 3, 2, 1, 0)]
+    first, all_, buttons = site.act(story())
+    assert (first, all_) == (newest[:2], newest)
+    assert "Older" not in buttons
 
 
 def test_conversations_are_renamed_and_deleted(site: Site):

@@ -127,6 +127,15 @@ def test_a_page_has_the_limits_of_its_key(site: Site, add):
     assert notice.startswith("This key's 3 requests in a minute are used up")
 
 
+@pytest.mark.parametrize("key", ["\u043a\u043b\u044e\u0447", "a\nb", "lmx-\0"])
+def test_what_could_be_no_key_is_not_known(site: Site, key):
+    got = site.front.http.post("/sign-in", data={"key": key})
+    assert got.status_code == 303  # there are no keys yet, so any will do
+    site.front.service.kept.keys.add("ada")
+    got = site.front.http.post("/sign-in", data={"key": key})
+    assert (got.status_code, "That key is not known" in got.text) == (401, True)
+
+
 def test_a_page_that_is_refused_says_why(site: Site, add):
     secret = add("eve", requests_per_minute=1)
     with httpx.Client(base_url=site.front.url, cookies={COOKIE: secret}) as http:

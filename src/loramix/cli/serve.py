@@ -112,7 +112,7 @@ def run_one(
         typer.echo(json.dumps(answer, ensure_ascii=False))
         return
     for choice in answer["choices"]:
-        typer.echo(choice["message"]["content"] or "")
+        typer.echo(_shown(choice["message"]))
 
 
 def logs(
@@ -190,7 +190,9 @@ def _request(body: str) -> dict[str, Any]:
         raise SettingsError('--input must be an object with either "prompt" or "messages".')
     if "prompt" in request:
         request["messages"] = [{"role": "user", "content": request.pop("prompt")}]
-    return {"model": "auto" if "mix" not in request else "base", **request}
+    if request.get("stream"):
+        raise SettingsError("--input asks for a stream; the answer is printed whole: leave it out.")
+    return request
 
 
 def _in_process(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
@@ -231,6 +233,11 @@ def _answer(response: Any) -> dict[str, Any]:
     if response.is_error:
         raise LoramixError(body.get("error", {}).get("message", f"Status {response.status_code}."))
     return body
+
+
+def _shown(message: dict[str, Any]) -> str:
+    calls = message.get("tool_calls")
+    return message["content"] or (json.dumps(calls) if calls else "")
 
 
 def _is_of(line: str, trace: str | None) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from loramix.adapter import Adapter
 from loramix.chat import Message
 from loramix.errors import BadRequest
 from loramix.mix import Mix
@@ -174,6 +175,9 @@ class Engine(Protocol):
 
     def statistics(self) -> Statistics:
         """A moment's view, from any thread."""
+
+    def add(self, adapter: Adapter) -> None:
+        """Take in an adapter from memory, beside those of the library, until it is forgotten."""
 
     def forget(self, name: str) -> None:
         """An adapter of the library changed or left: read it anew when a mix next names it.

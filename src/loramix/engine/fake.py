@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
+from loramix.adapter import Adapter
 from loramix.engine import Answer, Chunk, Finish, Request, Statistics
 from loramix.errors import BadRequest
 
@@ -22,6 +23,9 @@ class FakeEngine:
 
     def statistics(self) -> Statistics:
         return Statistics()
+
+    def add(self, adapter: Adapter) -> None:
+        """It knows no adapters."""
 
     def forget(self, name: str) -> None:
         """It knows no adapters."""

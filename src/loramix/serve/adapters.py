@@ -8,10 +8,8 @@ served if the new one is no good.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -23,14 +21,14 @@ from pydantic import BaseModel, Field
 from loramix.adapter import Card
 from loramix.engine import Request as Question
 from loramix.engine import Sampling
-from loramix.errors import AdapterError, BadRequest, StorageFailed, UnknownAdapter
+from loramix.errors import BadRequest
 from loramix.formats.card import write_card
 from loramix.formats.folder import CARD, CONFIG, SAFE
 from loramix.mix import Mix, check_name
 from loramix.serve import uploads
 from loramix.serve.answering import check_system
 from loramix.serve.failures import Plain, body
-from loramix.serve.naming import model_mix, scaled
+from loramix.serve.naming import scaled
 from loramix.serve.roots import inside
 from loramix.serve.service import ADMIN, Asking, Service, Serving
 from loramix.serve.wire import LoraScale, Text, Wire
@@ -52,10 +50,10 @@ class LlamaAdapter(BaseModel):
 
 
 @router.get("/lora-adapters")
-async def list_scales(service: Serving, caller: Asking) -> list[LlamaAdapter]:
+async def list_scales(service: Serving) -> list[LlamaAdapter]:
     """The weights that requests get which name no mix: zeros while the router chooses."""
-    default = model_mix(service.default_mix, service, caller)
-    weights = Mix() if default == "auto" else default
+    default = service.default_mix
+    weights = Mix() if default == "auto" else Mix.parse(default)
     return [
         LlamaAdapter(id=number, name=name, path=name, scale=weights.get(name, 0.0))
         for number, name in service.numbers().items()
@@ -170,7 +168,7 @@ async def change(name: str, patch: CardPatch, service: Serving) -> CardBody:
         check_system(patch.system_prompt)
     lists = {key: tuple(value) for key, value in said.items() if isinstance(value, list)}
     card = dataclasses.replace(library.card(name), **(said | lists))
-    with _kept():
+    with uploads.stored():
         write_card(card, library.path(name))
     return _body(card, service)
 
@@ -178,7 +176,7 @@ async def change(name: str, patch: CardPatch, service: Serving) -> CardBody:
 @router.delete("/v1/adapters/{name}")
 async def delete(name: str, service: Serving) -> dict[str, str]:
     """Delete an adapter's files. Answers that use it go on; nobody can ask for it any more."""
-    with _kept():
+    with uploads.stored():
         await asyncio.to_thread(service.lm.library.remove, name)
     service.lm.engine.forget(name)
     return {"deleted": name}
@@ -193,7 +191,7 @@ async def upload(name: str, request: Request, service: Serving, replace: bool = 
     check_name(name)
     if name in service.lm.library.names() and not replace:
         raise BadRequest(f"There is an adapter {name!r} already; ask for replace=true, or rename.")
-    with _kept(), tempfile.TemporaryDirectory(prefix="loramix-") as folder:
+    with uploads.stored(), tempfile.TemporaryDirectory(prefix="loramix-") as folder:
         await _receive(request, Path(folder))
         await _take_in(service, Path(folder), name, replace=replace)
     return _body(service.lm.library.card(name), service)
@@ -215,41 +213,27 @@ async def _receive(request: Request, folder: Path) -> None:
 async def _take_in(service: Service, folder: Path, name: str, *, replace: bool) -> None:
     """Add an adapter to the library once the engine has answered with it, or leave all as it was.
 
-    It has another name while it is tried, and is on offer under its own only afterwards.
+    It is tried in memory, under a name that nobody can ask for.
     """
     check_name(name)
     library, engine = service.lm.library, service.lm.engine
     trial = f"trial-{token_hex(6)}"
-    service.live.hidden.add(trial)
-    try:
-        with _kept():
-            await asyncio.to_thread(library.add, folder, name=trial)
-            token = Question((0,), Mix({trial: 1}), Sampling(temperature=0, max_tokens=1))
-            await asyncio.to_thread(engine.generate, [token])
-            adapter = await asyncio.to_thread(library.load, trial)
-            card = dataclasses.replace(library.card(trial), name=name)
-            named = dataclasses.replace(adapter, name=name, card=card)
-            await asyncio.to_thread(library.put, named, replace=replace)
-    finally:
-        engine.forget(trial)
-        with contextlib.suppress(UnknownAdapter):
-            await asyncio.to_thread(library.remove, trial)
-        service.live.hidden.discard(trial)
+
+    def take_in() -> None:
+        adapter = library.read(folder, name=trial)
+        token = Question((0,), Mix({trial: 1}), Sampling(temperature=0, max_tokens=1))
+        try:
+            engine.add(adapter)
+            engine.generate([token])
+        finally:
+            engine.forget(trial)
+        card = dataclasses.replace(adapter.card, name=name)
+        library.put(dataclasses.replace(adapter, name=name, card=card), replace=replace)
+
+    with uploads.stored():
+        await asyncio.to_thread(take_in)
     service.live.hidden.discard(name)
     engine.forget(name)
-
-
-@contextlib.contextmanager
-def _kept() -> Iterator[None]:
-    """StorageFailed where the disk is at fault and not the adapter."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageFailed(f"The server cannot write this: {error.strerror or error}.") from error
-    except AdapterError as error:
-        if isinstance(error.__cause__, OSError):
-            raise StorageFailed(str(error)) from error
-        raise
 
 
 def _body(card: Card, service: Service) -> CardBody:

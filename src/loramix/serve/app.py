@@ -32,6 +32,7 @@ from loramix.serve.failures import (
     on_loramix_error,
 )
 from loramix.serve.service import Service
+from loramix.serve.wire import require_known_query
 
 WORKERS = 64  # threads: some wait for adapters to be read, and keys are looked up meanwhile
 
@@ -46,8 +47,9 @@ def create_app(service: Service) -> FastAPI:
         dependencies=[Depends(HTTPBearer(auto_error=False, description="An API key."))],
     )
     app.state.service = service
-    for part in (openai, adapters, routing, conversations, workflows, metrics, *_training()):
-        app.include_router(part.router)
+    for part in (openai, adapters, routing, conversations, workflows, *_training()):
+        app.include_router(part.router, dependencies=[Depends(require_known_query)])
+    app.include_router(metrics.router)
     app.add_middleware(Access, service=service)
     if service.cors:
         app.add_middleware(
@@ -77,6 +79,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._watching: asyncio.Task[None] | None = None
+        self._expiring: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -97,6 +100,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_default_executor(workers)
         await asyncio.to_thread(runs.abandon, self._service)
         await super().startup(sockets)
+        self._expiring = asyncio.create_task(runs.expire(self._service))
         if self._service.training:
             from loramix.serve.following import watch
 
@@ -107,6 +111,8 @@ class Server(uvicorn.Server):
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
         await runs.ended(self._service)
+        if self._expiring:
+            self._expiring.cancel()
         if self._watching:
             await asyncio.gather(self._watching, return_exceptions=True)
         ending.cancel()

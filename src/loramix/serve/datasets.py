@@ -21,7 +21,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 
 from loramix.detached import OPEN
-from loramix.errors import BadRequest, Conflict, StorageFailed
+from loramix.errors import BadRequest, Conflict
 from loramix.mix import check_name
 from loramix.serve import uploads
 from loramix.serve.service import ADMIN, Service, Serving
@@ -112,15 +112,11 @@ async def upload(
     datasets = service.trains.datasets
     if not replace and name in await asyncio.to_thread(datasets.names):
         raise BadRequest(f"There is a dataset {name!r} already; ask for replace=true, or rename.")
-    with TemporaryDirectory(prefix="loramix-") as folder:
+    with uploads.stored(), TemporaryDirectory(prefix="loramix-") as folder:
         file = await _receive(request, Path(folder))
         kind = file.suffix.removeprefix(".")
         limit = service.limits.dataset_rows
-        try:
-            return _body(await asyncio.to_thread(datasets.add, name, file, kind, limit))
-        except OSError as error:
-            said = error.strerror or error
-            raise StorageFailed(f"The server cannot write this: {said}.") from error
+        return _body(await asyncio.to_thread(datasets.add, name, file, kind, limit))
 
 
 @router.get("/{name}/preview")
@@ -209,11 +205,14 @@ def _rows(
 def _delete(service: Service, name: str) -> None:
     training = service.trains
     training.datasets.get(name)
-    for job in service.kept.jobs.list(*OPEN):
-        config = job.settings.get("config")
-        if config and name in _named(config):
-            raise Conflict(f"The job {job.id} is {job.state} and reads {name!r}; stop it first.")
-    training.datasets.remove(name)
+    with service.live.beginning:
+        for job in service.kept.jobs.list(*OPEN):
+            config = job.settings.get("config")
+            if config and name in _named(config):
+                raise Conflict(
+                    f"The job {job.id} is {job.state} and reads {name!r}; stop it first."
+                )
+        training.datasets.remove(name)
 
 
 def _named(config: dict[str, Any]) -> set[str]:

@@ -120,16 +120,22 @@ def _invalid(errors: Sequence[Any]) -> tuple[str | None, str]:
     path = [str(part) for part in error["loc"][1:] if not _is_branch(str(part))]
     if error["type"] == "json_invalid":
         return None, f"The body is no JSON ({error['ctx']['error']}); expected an object."
+    if error["type"] in ("model_attributes_type", "missing") and not path:
+        return None, "The body is no JSON object; send one, as content-type: application/json."
     if not path:
         return None, f"The body cannot be read: {error['msg']}."
     param = ".".join(path)
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(path[-1], known_fields(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "leave it out."
-        return param, f"Unknown parameter {param!r}; {hint}"
+        return param, f"Unknown parameter {param!r}; {hint(path[-1], known_fields())}"
     if error["type"] == "none_required":
         return param, f"{param} is not supported here; leave it out."
     return param, f"{param}: {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """What to do about a name that is not known here. One of another request's is no slip."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close and close != [name] else "leave it out."
 
 
 def _is_branch(part: str) -> bool:

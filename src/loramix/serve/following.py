@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
@@ -11,10 +12,12 @@ from time import monotonic
 from typing import Any
 
 from loramix.detached import OPEN, is_stopping, seen
-from loramix.errors import NoRecord, StoreError
+from loramix.errors import LoramixError, NoRecord, StoreError
 from loramix.serve.service import Service
 from loramix.store.records import Job
 from loramix.train.feed import EVENTS, Event, read_events
+
+log = logging.getLogger("loramix.serve")
 
 POLL_S = 0.25
 WATCH_S = 1.0
@@ -82,7 +85,7 @@ async def watch(service: Service) -> None:
         try:
             jobs = await asyncio.to_thread(_open_jobs, service)
             for id in open_before - jobs:
-                await asyncio.to_thread(_take_up, service, id)
+                await asyncio.to_thread(take_up, service, id)
             open_before = jobs
         except StoreError:  # told to whoever asks; the database may be back later
             pass
@@ -95,7 +98,7 @@ def _open_jobs(service: Service) -> set[str]:
     return {job.id for job in found if job.state in OPEN}
 
 
-def _take_up(service: Service, id: str) -> None:
+def take_up(service: Service, id: str) -> None:
     """The experts of a job that is done, read anew at their next use, and the router fitted to."""
     try:
         job = service.kept.jobs.get(id)
@@ -104,7 +107,10 @@ def _take_up(service: Service, id: str) -> None:
     if job.state == "done":
         for name in job.settings.get("experts", job.name.split(", ")):
             service.lm.engine.forget(name)
-        service.reload_router()
+        try:
+            service.reload_router()
+        except LoramixError as error:  # the one that is served stays
+            log.error("job", extra={"facts": {"job": id, "error": str(error)}})
 
 
 def _seen(service: Service, job: Job) -> Job:

@@ -103,7 +103,7 @@ async def follow(
     return EventStream(service, trip, events(service, job, place), {}, is_endless=True)
 
 
-@router.get("/{id}/log", response_class=PlainTextResponse, responses={200: TEXT})
+@router.get("/{id}/log", responses={200: TEXT})
 async def log(id: str, service: Serving) -> Response:
     """The last 64 KiB of what it printed."""
     job = await asyncio.to_thread(_found, service, id)

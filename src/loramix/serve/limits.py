@@ -21,4 +21,5 @@ class Limits:
     answer_tokens: int = 1024  # of an answer whose length the client leaves open
     n: int = 16  # answers to one request, over all its prompts; 400 beyond
     timeout_s: float = 600.0  # from a request's arrival to its last token; 504 beyond
+    task_days: float = 30.0  # that a workflow's task which is over can be asked for
     shutdown_s: float = 10.0  # how long answers under way may go on once the server shall end

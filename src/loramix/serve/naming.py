@@ -31,7 +31,21 @@ def named_mix(asked: Asked, service: Service, caller: Caller) -> MixOrAuto:
         raise BadRequest(f"The request names different mixes: {ways}; name one.")
     if said:
         return next(iter(said.values()))
-    return model_mix(service.default_mix, service, caller)
+    return default_mix(service, caller)
+
+
+def default_mix(service: Service, caller: Caller) -> MixOrAuto:
+    """What a request gets that names none.
+
+    BadRequest if some of it is not on offer; which is not said, as it may be another key's.
+    """
+    try:
+        return model_mix(service.default_mix, service, caller)
+    except UnknownAdapter as error:
+        raise BadRequest(
+            "The request names no mix, and an adapter of the default one is not on offer; name a "
+            "mix as model, or have an admin set another default."
+        ) from error
 
 
 def model_mix(model: str, service: Service, caller: Caller) -> MixOrAuto:

@@ -11,13 +11,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from loramix.errors import LoramixError, TaskCancelled
+from loramix.errors import LoramixError, StoreError, TaskCancelled
 from loramix.lm import Plan
 from loramix.serve.answering import Numbered, answers, in_time
 from loramix.serve.conversations import Place
 from loramix.serve.service import Service, Trip
 from loramix.serve.shapes import Chosen, Head, UsageBody, usage
 from loramix.store.records import Status, Task
+
+DAY_S = 24 * 3600.0
+SWEEP_S = 3600.0  # between two looks for tasks that are over for long
 
 log = logging.getLogger("loramix.serve")
 
@@ -41,6 +44,17 @@ def abandon(service: Service) -> None:
         return
     grace_s = service.limits.timeout_s + service.limits.shutdown_s if store.is_shared else 0.0
     store.tasks.abandon(time.time() - grace_s, "Its server ended before it was done; run it again.")
+
+
+async def expire(service: Service) -> None:
+    """While the server runs: forget the tasks, with prompts and outputs, that are over for long."""
+    while service.store is not None:
+        before = time.time() - service.limits.task_days * DAY_S
+        try:
+            await asyncio.to_thread(service.store.tasks.expire, before)
+        except StoreError as error:  # told to whoever asks; the database may be back later
+            log.warning("tasks", extra={"facts": {"error": str(error)}})
+        await asyncio.sleep(SWEEP_S)
 
 
 async def ended(service: Service) -> None:

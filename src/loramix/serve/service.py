@@ -95,7 +95,7 @@ class Service:
 
     @property
     def default_mix(self) -> str:
-        return self.live.default or ("auto" if has_router(self.lm.library) else "base")
+        return self.live.default or ("base" if self.lm.router is None else "auto")
 
     def prompt_of(self, name: str) -> str:
         """An adapter's system prompt: what the settings say, else its card."""

@@ -148,6 +148,7 @@ class LimitSettings(Section):
     answer_tokens: int | None = Field(default=None, ge=1)
     n: int | None = Field(default=None, ge=1, le=128)
     timeout_s: float | None = Field(default=None, gt=0)
+    task_days: float | None = Field(default=None, ge=0)
     shutdown_s: float | None = Field(default=None, ge=0)
 
     def limits(self) -> Limits:

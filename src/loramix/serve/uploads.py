@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from loramix.errors import BadRequest
+from loramix.errors import AdapterError, BadRequest, StorageFailed
 
 
 def described(field: str, schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +36,19 @@ async def received(request: Request, most: int, expected: str) -> AsyncIterator[
         yield [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
     finally:
         await form.close()
+
+
+@contextmanager
+def stored() -> Iterator[None]:
+    """StorageFailed where the disk is at fault, not what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(f"The server cannot write this: {error.strerror or error}.") from error
+    except AdapterError as error:
+        if isinstance(error.__cause__, OSError):
+            raise StorageFailed(str(error)) from error
+        raise
 
 
 async def write(part: UploadFile, place: Path) -> None:

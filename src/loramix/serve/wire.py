@@ -9,15 +9,25 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
+from fastapi import Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from loramix.chat import Call, Message
 from loramix.engine import Sampling
 from loramix.errors import BadRequest
+from loramix.serve.failures import hint
 
 
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+async def require_known_query(request: Request) -> None:
+    """BadRequest for a parameter of the query that the route does not have."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            raise BadRequest(f"{name[:80]} is no parameter of this query; {hint(name, known)}")
 
 
 def _of_whole_characters(text: str) -> str:

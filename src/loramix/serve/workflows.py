@@ -4,7 +4,8 @@
     GET    /api/workflows/{id}/schema   JSON schemas of its input and output
     POST   /api/workflows/runs          {"workflow_id"?, "input": {"prompt"}, ...}   -> a task
     GET    /api/tasks/{id}              how far it is; a task that failed is an error here, too
-    POST   /api/tasks/{id}/cancel       free what works for it; so does DELETE /api/tasks/{id}
+    POST   /api/tasks/{id}/cancel       free what works for it
+    DELETE /api/tasks/{id}              forget it, cancelled before if it is at work
 
 A run is waited for unless `wait_for_completion` is false, and then it is cancelled if its client
 leaves; `output_only` leaves out what is around the output; `stream` sends the text as events. With
@@ -34,7 +35,7 @@ from loramix.lm import as_messages
 from loramix.serve.answering import MixOrAuto, planned
 from loramix.serve.conversations import found_own, place_after, told
 from loramix.serve.events import DONE, EventStream, event, while_connected
-from loramix.serve.naming import model_mix
+from loramix.serve.naming import default_mix, model_mix
 from loramix.serve.openai import GONE, STREAMED
 from loramix.serve.runs import Output, Run
 from loramix.serve.service import Asking, Caller, Service, Serving, Trip, Way
@@ -130,7 +131,7 @@ async def list_(service: Serving, caller: Asking) -> list[WorkflowBody]:
     about |= {card.name: card.description for card in cards if card.name in names}
     try:
         default = _id(_workflow(None, service, caller))
-    except UnknownAdapter:  # of adapters that are not this key's
+    except BadRequest:  # of adapters that are not on offer to this key
         default = ""
     else:
         about.setdefault(default, "The mix of requests that name none.")
@@ -181,17 +182,31 @@ async def show(id: str, service: Serving, caller: Asking) -> TaskBody:
 
 
 @router.post("/tasks/{id}/cancel")
-@router.delete("/tasks/{id}")
 async def cancel(id: str, service: Serving, caller: Asking) -> TaskBody:
     """Conflict (409) for a task that is over. Its place in the engine is free on return."""
+    if not await _cancelled(id, service, caller):
+        raise Conflict(f"The task {id} is over; read it instead.")
+    return await show(id, service, caller)
+
+
+@router.delete("/tasks/{id}")
+async def delete(id: str, service: Serving, caller: Asking) -> dict[str, str]:
+    """Forget a task, its prompt and its output; one at work is cancelled before."""
+    await _cancelled(id, service, caller)
+    await asyncio.to_thread(service.kept.tasks.delete, id, caller.owners)
+    return {"deleted": id}
+
+
+async def _cancelled(id: str, service: Service, caller: Caller) -> bool:
+    """Whether it was not over yet; nothing works for it any more. NoRecord for another's."""
     tasks = service.kept.tasks
     await asyncio.to_thread(tasks.get, id, caller.owners)
     if not await asyncio.to_thread(tasks.set, id, "cancelled"):
-        raise Conflict(f"The task {id} is over; read it instead.")
+        return False
     if working := service.live.runs.get(id):
         working.cancel()
         await asyncio.wait([working])
-    return await show(id, service, caller)
+    return True
 
 
 async def _made(asked: RunAsked, service: Service, caller: Caller, trip: Trip) -> Run:
@@ -232,8 +247,8 @@ async def _events(run: Run) -> AsyncGenerator[bytes]:
 
 
 def _workflow(id: str | None, service: Service, caller: Caller) -> MixOrAuto:
-    """UnknownAdapter (404) for what is not there or not this caller's."""
-    mix = model_mix(service.default_mix if id is None else id, service, caller)
+    """UnknownAdapter (404) for what is not there or not this caller's; none is the default."""
+    mix = default_mix(service, caller) if id is None else model_mix(id, service, caller)
     if mix == "auto" and service.lm.router is None:
         raise UnknownAdapter("auto", ["base", *caller.names(service)])
     return mix

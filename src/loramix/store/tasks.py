@@ -68,6 +68,18 @@ class Tasks:
         with self._database.writing() as connection:
             return bool(connection.execute(change.values(values)).rowcount)
 
+    def delete(self, id: str, owners: Sequence[str]) -> None:
+        """NoRecord also for a task of somebody else."""
+        doomed = sa.delete(_TASKS).where(_TASKS.c.id == id, _TASKS.c.owner.in_(owners))
+        with self._database.writing() as connection:
+            if not connection.execute(doomed).rowcount:
+                raise NoRecord(f"There is no task {id[:80]!r} of this key.")
+
+    def expire(self, before: float) -> int:
+        """Forget what was over before then."""
+        with self._database.writing() as connection:
+            return connection.execute(sa.delete(_TASKS).where(_TASKS.c.ended < before)).rowcount
+
     def abandon(self, before: float, reason: str) -> int:
         """Fail what was begun before then and is open still: the server that ran it has ended."""
         values = {"status": "failed", "error": reason, "ended": time.time()}

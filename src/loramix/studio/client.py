@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 from starlette.requests import Request
@@ -24,7 +25,9 @@ class Api:
     def __init__(self, app: ASGIApp, page: Request, key: str = "") -> None:
         headers = {"host": page.headers.get("host", "localhost")}
         if key:
-            headers["authorization"] = f"Bearer {key}"
+            headers["authorization"] = (
+                f"Bearer {quote(key)}"  # no key has a letter that this alters
+            )
         self.has_key = bool(key)
         client = (page.client.host, page.client.port) if page.client else None
         self._http = httpx2.AsyncClient(

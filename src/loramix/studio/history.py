@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from nicegui import ui
@@ -10,7 +10,7 @@ from nicegui import ui
 from loramix.errors import LoramixError
 from loramix.studio.client import Api
 
-PAGE = 100  # conversations that are listed at once
+LIST = "/v1/conversations?limit=100"
 
 
 class Reader(Protocol):
@@ -27,6 +27,7 @@ class History:
     def __init__(self, api: Api, base: str, reader: Reader) -> None:
         self._api, self._reader = api, reader
         self._heads: list[Any] = []
+        self._next: str | None = None  # where the list goes on
         self._current: str | None = None
         with ui.element("div").classes("brand"):
             ui.label("loramix").classes("brand-name")
@@ -36,8 +37,9 @@ class History:
         self._list = ui.element("nav").props('aria-label="Conversations"').classes("history")
         self._rename, self._delete = Rename(self._change), Delete(self._remove)
 
-    def show(self, heads: Sequence[Any]) -> None:
-        self._heads = list(heads)
+    def show(self, listed: Any) -> None:
+        """The first part of the list, as the API gives it."""
+        self._heads, self._next = listed["data"], listed["next"]
         self._build()
 
     def mark(self, id: str | None) -> None:
@@ -51,7 +53,7 @@ class History:
         with self._list:
             for head in self._heads:
                 self._row(head)
-            if len(self._heads) and len(self._heads) % PAGE == 0:
+            if self._next:
                 older = ui.button("Older", color=None, on_click=self._older)
                 older.props("flat no-caps dense").classes("quiet")
 
@@ -69,18 +71,22 @@ class History:
                 ui.menu_item("Delete", lambda: self._delete.ask(head))
 
     async def _older(self) -> None:
-        before = self._heads[-1]["changed"]
-        path = f"/v1/conversations?limit={PAGE}&before={before!r}"
-        found = await self._api.ask("GET", path)
-        self.show([*self._heads, *found["data"]])
+        try:
+            found = await self._api.ask("GET", f"{LIST}&after={self._next}")
+        except LoramixError as error:
+            ui.notify(str(error))
+            return
+        self.show({**found, "data": [*self._heads, *found["data"]]})
 
     async def _change(self, id: str, title: str) -> None:
         await self._api.ask("PATCH", f"/v1/conversations/{id}", {"title": title})
-        self.show([{**h, "title": title} if h["id"] == id else h for h in self._heads])
+        self._heads = [{**h, "title": title} if h["id"] == id else h for h in self._heads]
+        self._build()
 
     async def _remove(self, id: str) -> None:
         await self._api.ask("DELETE", f"/v1/conversations/{id}")
-        self.show([head for head in self._heads if head["id"] != id])
+        self._heads = [head for head in self._heads if head["id"] != id]
+        self._build()
         if id == self._current:
             self._reader.begin()
 

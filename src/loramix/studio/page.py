@@ -15,7 +15,7 @@ from loramix.mix import Mix
 from loramix.studio.answers import Answer, Answers
 from loramix.studio.client import Api
 from loramix.studio.desk import COOKIE, Desk
-from loramix.studio.history import History
+from loramix.studio.history import LIST, History
 from loramix.studio.thread import Card, Thread
 
 HERE = Path(__file__).parent
@@ -27,9 +27,9 @@ THEMES = {"auto": None, "light": False, "dark": True}
 async def open_page(api: Api, answers: Answers, request: Request) -> None:
     """Build the page of a request. Raises what the API does."""
     models = (await api.ask("GET", "/v1/models"))["data"]
-    heads = await api.ask("GET", "/v1/conversations?limit=100")
+    listed = await api.ask("GET", LIST)
     page = Page(api, answers, models, request.cookies)
-    page.history.show(heads["data"])
+    page.history.show(listed)
     if id := request.query_params.get("chat"):
         await page.open(id)
 
@@ -45,6 +45,7 @@ class Page:
         self._id: str | None = None  # of the conversation; None until its first question
         self._base = models[0]["id"]
         self._tasks: set[asyncio.Task[None]] = set()
+        self._client.on_connect(lambda: ui.run_javascript("restoreDraft()"))
         self._client.on_delete(self._leave)
         ui.add_css(HERE / "page.css")
         ui.add_head_html(f"<script>{(HERE / 'page.js').read_text('utf-8')}</script>")
@@ -122,8 +123,10 @@ class Page:
         await self._list()
 
     async def _list(self) -> None:
-        heads = await self._api.ask("GET", "/v1/conversations?limit=100")
-        self.history.show(heads["data"])
+        try:
+            self.history.show(await self._api.ask("GET", LIST))
+        except LoramixError as error:  # the list is as it was
+            self._notice.text = str(error)
 
     def _go_to(self, id: str | None, title: str) -> None:
         self._id = id

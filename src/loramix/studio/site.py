@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import nicegui
 from fastapi import FastAPI, Form
@@ -125,7 +126,8 @@ def _add_doors(app: FastAPI) -> None:
             return _sign_in("That key is not known." if key.strip() else "A key is needed.")
         response = RedirectResponse("/", 303)
         is_secure = request.url.scheme == "https"
-        response.set_cookie(COOKIE, key.strip(), httponly=True, samesite="strict", secure=is_secure)
+        kept = quote(key.strip())  # as it is, for whatever is a key
+        response.set_cookie(COOKIE, kept, httponly=True, samesite="strict", secure=is_secure)
         return response
 
     @app.post("/sign-out", include_in_schema=False)

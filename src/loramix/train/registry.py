@@ -15,13 +15,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from loramix.errors import NoRecord, TrainError
+from loramix.formats.aside import aside
 from loramix.mix import check_name
 from loramix.train.dataset import REGISTRY, conversations, registry
 from loramix.train.files import Problem, read
@@ -82,6 +83,8 @@ class Registry:
         learned, and if it has more than `max_rows`.
         """
         check_name(name)
+        if f"{name}.json" == REGISTRY:
+            raise TrainError(f"{name!r} is what the list of datasets is called; give another name.")
         if kind not in KINDS:
             raise TrainError(f"The file is a {kind[:20]!r}; expected {', '.join(KINDS)}.")
         shape = _shape(file)
@@ -94,38 +97,44 @@ class Registry:
             "changed": time.time(),
         }
         with self._changing() as entries:
-            before = entries.get(name, entry)["file_name"]
-            shutil.copyfile(file, new := self.folder / f".{name}.{kind}.new")
-            new.replace(self.folder / entry["file_name"])
+            with aside(self.folder / entry["file_name"], replace=True) as new:
+                shutil.copyfile(file, new)
             entries[name] = entry
-        if before != entry["file_name"]:
-            (self.folder / before).unlink(missing_ok=True)
         return self.get(name)
 
     def remove(self, name: str) -> None:
         """Forget a dataset and its file; NoRecord if there is none."""
-        doomed = self.get(name)
+        self.get(name)
         with self._changing() as entries:
             entries.pop(name, None)
-        doomed.file.unlink(missing_ok=True)
 
     def _entries(self) -> dict[str, Any]:
         return registry(self.folder) if (self.folder / REGISTRY).exists() else {}
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:
-        """The entries, to be changed; written when the block ends well."""
+        """The entries, to be changed; written when the block ends well.
+
+        Files that no entry names any more go then.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         place = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(place, fcntl.LOCK_EX)
             entries = self._entries()
+            before = _files(entries)
             yield entries
             new = self.folder / f".{REGISTRY}.new"
             new.write_text(json.dumps(entries, indent=1, ensure_ascii=False), encoding="utf-8")
             new.replace(self.folder / REGISTRY)
+            for file in before - _files(entries):
+                (self.folder / file).unlink(missing_ok=True)
         finally:
             os.close(place)
+
+
+def _files(entries: Mapping[str, Any]) -> set[str]:
+    return {entry["file_name"] for entry in entries.values()}
 
 
 def survey(file: Path, shape: Shape, max_rows: int) -> Report:
