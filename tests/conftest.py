@@ -35,9 +35,10 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test touches the user's own keys and conversations."""
+def _own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the user's own keys, conversations and copy of pocket's library."""
     monkeypatch.setenv("LORAMIX_DATABASE", f"sqlite:///{tmp_path}/own.db")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
 @pytest.fixture(params=ARCHITECTURES)

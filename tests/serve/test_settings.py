@@ -11,6 +11,7 @@ from loramix.engine.local import LocalEngine
 from loramix.errors import LoramixError, SettingsError
 from loramix.formats import peft
 from loramix.library import Library
+from loramix.lm import POCKET_LIBRARY, has_router
 from loramix.mix import Mix
 from loramix.route.fixed import FixedRouter
 from loramix.serve.opening import open_service, problems
@@ -260,6 +261,19 @@ def test_a_router_of_the_settings(tmp_path):
     assert router.adapters == ("sql",)
     assert load([], ["router.kind=none"]).router.opened() is False
     assert load([]).router.opened() is True
+
+
+def test_a_server_of_pocket_changes_a_copy_of_its_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAMIX_LIBRARY", str(tmp_path / "own"))
+    before = Library(POCKET_LIBRARY).names()
+    first = load([]).shelf
+    assert first.folder.parent == tmp_path
+    assert (first.names(), has_router(first)) == (before, True)
+    first.remove("sql")
+    assert "sql" not in load([]).shelf
+    assert Library(POCKET_LIBRARY).names() == before
+    assert load([], ["library=elsewhere"]).shelf.folder == Path("elsewhere")
+    assert load([], ["base=a/b"]).shelf.folder == tmp_path / "own"
 
 
 @pytest.mark.parametrize(("router", "mix"), [(False, "base"), (True, "auto"), (FIXED, "auto")])

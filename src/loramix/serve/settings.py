@@ -10,6 +10,7 @@ import difflib
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from loramix.errors import MixSyntaxError, SettingsError
 from loramix.library import Library
-from loramix.lm import default_library
 from loramix.mix import Mix, check_name
 from loramix.route import Router
 from loramix.route.fixed import FixedRouter, RulesRouter
 from loramix.serve import overlays
 from loramix.serve.limits import Limits
+from loramix.serve.shelf import working_library
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -233,9 +234,9 @@ class Settings(Section):
         block = self.component.peft_adapters if self.component else self.peft_adapters
         return (*self.adapters, *(entry.as_adapter() for entry in block))
 
-    @property
+    @cached_property
     def shelf(self) -> Library:
-        return Library(Path(self.library) if self.library else default_library(self.model.model))
+        return Library(Path(self.library) if self.library else working_library(self.model.model))
 
     @property
     def mix(self) -> str:
