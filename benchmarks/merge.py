@@ -1,13 +1,17 @@
 """Merging beside its peers: cp, PEFT, mergekit.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/merge.py [--layers 8] [--quick] [--mergekit PYTHON] [--json FILE]
+    python benchmarks/merge.py [--layers 8] [--quick] [--only ...] [--mergekit PYTHON] [--json FILE]
 
 A base of Llama-2-7B's layer shapes in bfloat16 with random weights (8 layers and the embeddings are
 3.7 GB, the smallest; 32 are 13.5 GB), and two adapters of rank 16 on its seven linear layers. Each
 command runs in a process of its own, in turns, the base's files evicted from the page cache before;
 medians of the rounds. Memory is the largest RssAnon of the process, less that of one that has
 imported torch and nothing else. mergekit needs an environment of its own, whose python is given.
+
+"untouched" merges an adapter of a single matrix, so that all the rest is copied; "larger" is ours
+into a base of three times as many layers; "search" runs search.py, which needs LORAMIX_DATA. On the
+disk there have to be four times the size of the base, eight times for "larger".
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import TypeAlias
 
 HERE = Path(__file__).parent
 HIDDEN, INNER, VOCAB = 4096, 11008, 32000
@@ -38,7 +43,9 @@ SHAPES = {
 }
 RANK = 16
 SHARD = 1 << 30  # bytes
+LARGER = 3  # times as many layers
 WEIGHTS = (0.6, 0.4)
+MIX = "one:0.6+two:0.4"
 
 PEFT = """
 import sys
@@ -51,18 +58,19 @@ model.load_adapter(two, adapter_name="two")
 model.merge_and_unload(adapter_names=["one", "two"]).save_pretrained(out)
 """
 PEFT_SVD = """
-import json, sys, time, torch
+import time, torch
 from peft import LoraConfig, get_peft_model
-rounds = []
-for out, width in json.loads(sys.argv[1]):
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(width, out, bias=False)),
-                           LoraConfig(r=16, target_modules=["0"], init_lora_weights=False), "one")
-    model.add_adapter("two", LoraConfig(r=16, target_modules=["0"], init_lora_weights=False))
-    start = time.perf_counter()
-    model.add_weighted_adapter(["one", "two"], [0.6, 0.4], "both", "svd", svd_rank=16)
-    rounds.append(time.perf_counter() - start)
-print(json.dumps(rounds))
+config = LoraConfig(r=16, target_modules=["0"], init_lora_weights=False)
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4096, 4096, bias=False)), config, "one")
+model.add_adapter("two", config)
+start = time.perf_counter()
+model.add_weighted_adapter(["one", "two"], [0.6, 0.4], "both", "svd", svd_rank=16)
+print(time.perf_counter() - start)
 """
+COLUMNS = ("work", "figure", "unit", "peer", "target", "better")
+PARTS = ("cp", "ours", "untouched", "PEFT", "mergekit", "larger", "recompression", "search")
+RECOMPRESSED = "recompression of a 7B pair"
+Figure: TypeAlias = dict[str, object]
 
 
 @dataclass
@@ -122,7 +130,9 @@ def make_base(folder: Path, layers: int) -> int:
     return size
 
 
-def make_adapter(folder: Path, layers: int, seed: int) -> None:
+def make_adapter(
+    folder: Path, layers: int, seed: int, shapes: Mapping[str, tuple[int, int]] = SHAPES
+) -> None:
     """A bfloat16 adapter whose update is a hundredth of the base."""
     import torch
 
@@ -134,7 +144,7 @@ def make_adapter(folder: Path, layers: int, seed: int) -> None:
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     pairs = {}
     for layer in range(layers):
-        for part, (out, width) in SHAPES.items():
+        for part, (out, width) in shapes.items():
             a, b = draw(RANK, width) * 0.01, draw(out, RANK) * 0.005
             pairs[f"model.layers.{layer}.{part}"] = Pair(a.bfloat16(), b.bfloat16())
     peft.write(Adapter(folder.name, pairs, "", Card(folder.name)), folder)
@@ -149,21 +159,29 @@ def evict(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(command: Sequence[str], run: Run, environment: Mapping[str, str] | None = None) -> None:
-    """One run of a command: wall, CPU and the largest anonymous memory, with its children."""
-    start, before = time.perf_counter(), os.times()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    peak = 0
+def measure(name: str, command: Sequence[str], run: Run, out: Path | None = None) -> None:
+    """One run of a command: wall, CPU and the largest anonymous memory, with its children.
+
+    What it is to write at `out` is deleted before, and the files beside it leave the page cache.
+    """
+    if out:
+        shutil.rmtree(out, ignore_errors=True)
+        evict(out.parent)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    start, before, peak = time.perf_counter(), os.times(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=offline)
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
         time.sleep(0.01)
     after = os.times()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command[:4])} ... ended with {process.returncode}")
+        raise SystemExit(f"{name} ended with {process.returncode}")
     run.wall_s.append(time.perf_counter() - start)
     used = after.children_user + after.children_system
     run.cpu_s.append(used - before.children_user - before.children_system)
     run.anon.append(peak / 2**20)
+    print(f"{name:10} {run.wall_s[-1]:7.1f} s wall {run.cpu_s[-1]:7.1f} s CPU "
+          f"{run.anon[-1]:6.2f} GiB anonymous", flush=True)  # fmt: skip
 
 
 def anonymous(pid: int) -> int:
@@ -209,63 +227,87 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--only", nargs="*", help="of cp, ours, PEFT, mergekit, recompression")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="only these")
     parser.add_argument("--mergekit", help="python of an environment that has mergekit")
     parser.add_argument("--folder", type=Path, help="work here, on the disk to measure")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
+    rows: list[Figure] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        rows = compare(Path(scratch), options)
+        rows += compare(Path(scratch), options)
+        if "larger" in options.only:
+            rows.append(larger(Path(scratch), LARGER * options.layers))
+        if "recompression" in options.only:
+            rows += recompression(Path(scratch))
+    if "search" in options.only:
+        rows += search(options.quick)
+    for row in rows:
+        print("  ".join(f"{row[key]!s:>14}" for key in COLUMNS))
     if options.json:
         options.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n", "utf-8")
 
 
-def compare(work: Path, options: argparse.Namespace) -> list[dict[str, object]]:
-    """Everything once a round, in turns."""
-    base, out = work / "base", work / "out"
+def ours(library: Path, mix: str, base: Path, out: Path) -> list[str]:
+    """Our command."""
+    words = ["merge", "-m", mix, "--library", str(library), "--into", str(base), "-o", str(out)]
+    return [sys.executable, "-c", "from loramix.cli import run; run()", *words]
+
+
+def compare(work: Path, options: argparse.Namespace) -> list[Figure]:
+    """Everything that writes a model, once a round, in turns."""
+    base, out, library = work / "base", work / "out", work / "library"
     size = make_base(base, options.layers)
     for seed, name in enumerate(("one", "two"), 1):
-        make_adapter(work / "library" / name, options.layers, seed)
-    one, two = (str(work / "library" / name) for name in ("one", "two"))
-    mix = f"one:{WEIGHTS[0]}+two:{WEIGHTS[1]}"
-    loramix = [sys.executable, "-c", "from loramix.cli import run; run()", "merge", "-m", mix]
-    loramix += ["--library", str(work / "library")]
+        make_adapter(library / name, options.layers, seed)
+    make_adapter(library / "single", 1, 3, {"self_attn.q_proj": (HIDDEN, HIDDEN)})
+    both = (str(library / "one"), str(library / "two"))
     commands = {
         "cp": ["cp", "-r", str(base), str(out)],
-        "ours": [*loramix, "--into", str(base), "-o", str(out)],
-        "PEFT": [sys.executable, "-c", PEFT, str(base), one, two, str(out)],
+        "ours": ours(library, MIX, base, out),
+        "untouched": ours(library, "single", base, out),
+        "PEFT": [sys.executable, "-c", PEFT, str(base), *both, str(out)],
     }
     if options.mergekit:
-        commands["mergekit"] = mergekit(options.mergekit, work, base, (one, two), out)
-    wanted = options.only or [*commands, "recompression"]
-    commands = {name: command for name, command in commands.items() if name in wanted}
-    runs = {name: Run() for name in commands}
-    floor = Run()
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    measure([sys.executable, "-c", "import torch, time; time.sleep(0.3)"], floor)
+        commands["mergekit"] = mergekit(options.mergekit, work, base, both, out)
+    elif "mergekit" in options.only:
+        print("mergekit is left out: its python is not given")
+    runs = {name: Run() for name in commands if name in options.only}
     errors: dict[str, dict[str, float]] = {}
     for n in range(1 if options.quick else options.rounds):
-        for name, command in commands.items():
+        for name, run in runs.items():
             if name == "mergekit" and n:
                 continue  # minutes long: once
-            shutil.rmtree(out, ignore_errors=True)
+            measure(name, commands[name], run, out)
             shutil.rmtree(work / "cache", ignore_errors=True)
-            evict(work)
-            measure(command, runs[name], offline)
-            run = runs[name]
-            print(f"{name:10} {run.wall_s[-1]:7.1f} s wall {run.cpu_s[-1]:7.1f} s CPU "
-                  f"{run.anon[-1]:6.2f} GiB anonymous", flush=True)  # fmt: skip
             if name in ("ours", "mergekit") and name not in errors:
-                errors[name] = rounding(base, out, [Path(one), Path(two)])
+                errors[name] = rounding(base, out, [Path(each) for each in both])
     shutil.rmtree(out, ignore_errors=True)
-    rows = figures(runs, floor, errors, size)
-    if "recompression" in wanted:
-        rows += recompression(loramix, work, options.layers)
-    for row in rows:
-        print(
-            "  ".join(f"{row[key]!s:>14}" for key in ("work", "figure", "unit", "peer", "target"))
-        )
-    return rows
+    shutil.rmtree(base)
+    return figures(runs, errors, size)
+
+
+def larger(work: Path, layers: int) -> Figure:
+    """Our memory, for a base with more layers."""
+    base, library = work / "base", work / "large"
+    size = make_base(base, layers)
+    for seed, name in enumerate(("one", "two"), 1):
+        make_adapter(library / name, layers, seed)
+    run = Run()
+    measure("larger", ours(library, MIX, base, work / "out"), run, work / "out")
+    shutil.rmtree(work / "out")
+    shutil.rmtree(base)
+    return memory(run, size)
+
+
+def search(quick: bool) -> list[Figure]:
+    """The rows of search.py."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = Path(scratch) / "rows.json"
+        flags = ["--quick"] if quick else []
+        command = [sys.executable, str(HERE / "search.py"), *flags, "--json", str(found)]
+        subprocess.run(command, check=True)
+        rows: list[Figure] = json.loads(found.read_text("utf-8"))["rows"]
+        return rows
 
 
 def mergekit(python: str, work: Path, base: Path, adapters: Sequence[str], out: Path) -> list[str]:
@@ -288,99 +330,77 @@ def mergekit(python: str, work: Path, base: Path, adapters: Sequence[str], out: 
     return [python, "-c", run, str(work / "mergekit.yml"), str(out), *flags]
 
 
+def figure(work: str, found: float, unit: str, peer: str, target: float, better: str) -> Figure:
+    """A row of the table."""
+    values = (work, round(found, 4), unit, peer, target, better)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def memory(run: Run, size: int) -> Figure:
+    """Of one of our merges, beside a process that has imported torch and nothing else."""
+    bare = Run()
+    measure("torch", [sys.executable, "-c", "import torch, time; time.sleep(0.3)"], bare)
+    more = median(run.anon) - bare.anon[0]
+    return figure(f"memory, {size / 1e9:.1f} GB base", more, "GiB", "a bare torch", 0.35, "lower")
+
+
 def figures(
-    runs: Mapping[str, Run], floor: Run, errors: Mapping[str, Mapping[str, float]], size: int
-) -> list[dict[str, object]]:
-    what = f"{size / 1e9:.1f} GB base, two adapters"
-    rows: list[dict[str, object]] = []
-
-    def add(work: str, figure: float, unit: str, peer: str, target: float, better: str) -> None:
-        row = {"work": work, "figure": round(figure, 4), "unit": unit, "peer": peer}
-        rows.append(row | {"target": target, "better": better})
-
+    runs: Mapping[str, Run], errors: Mapping[str, Mapping[str, float]], size: int
+) -> list[Figure]:
+    """What the runs say of ours."""
     if "ours" not in runs:
-        return rows
-    ours = median(runs["ours"].wall_s)
+        return []
+    work = f"merge, {size / 1e9:.1f} GB base, two adapters"
+    wall = median(runs["ours"].wall_s)
+    rows = [memory(runs["ours"], size)]
     if "cp" in runs:
-        add(
-            f"merge, {what}",
-            ours / median(runs["cp"].wall_s),
-            "x of its wall",
-            "cp -r",
-            1.3,
-            "lower",
-        )
+        copied = median(runs["cp"].wall_s)
+        rows.append(figure(work, wall / copied, "x of its wall", "cp -r", 1.3, "lower"))
+        if "untouched" in runs:
+            alone = median(runs["untouched"].wall_s)
+            single = "merge of one matrix, the rest is copied"
+            rows.append(figure(single, alone / copied, "x of its wall", "cp -r", 1.3, "lower"))
     for peer, target in (("PEFT", 3), ("mergekit", 8)):
         if peer in runs:
-            faster = median(runs[peer].wall_s) / ours
-            add(f"merge, {what}", faster, "x faster", peer, target, "higher")
-            more = (median(runs[peer].anon) - floor.anon[0]) / 1
-            add(f"its memory, {what}", more, "GiB above torch", peer, 0.35, "lower")
-    memory = median(runs["ours"].anon) - floor.anon[0]
-    add(f"memory, {what}", memory, "GiB above torch", "a bare torch", 0.35, "lower")
-    mine = errors["ours"]
-    add(
-        "bf16 rounding error",
-        mine["lost"] / mine["best"],
-        "x of one rounding",
-        "float64",
-        1,
-        "lower",
-    )
-    add("entries wrongly rounded", mine["wrong"], "share", "float64", 0.001, "lower")
-    if "mergekit" in errors:
-        add("entries wrongly rounded", errors["mergekit"]["wrong"], "share", "mergekit", 0, "lower")
+            faster = median(runs[peer].wall_s) / wall
+            rows.append(figure(work, faster, "x faster", peer, target, "higher"))
+            anon = median(runs[peer].anon) / median(runs["ours"].anon)
+            rows.append(figure("anonymous memory", anon, "x less", peer, 1, "higher"))
+    lost = errors["ours"]["lost"] / errors["ours"]["best"]
+    rows.append(figure("bf16 rounding error", lost, "x of one rounding", "float64", 1, "lower"))
+    for peer, error in errors.items():
+        wrong = "entries wrongly rounded"
+        rows.append(figure(wrong, error["wrong"], "share", peer, 0.001, "lower"))
     return rows
 
 
-def recompression(loramix: Sequence[str], work: Path, layers: int) -> list[dict[str, object]]:
-    """Two adapters of a 7B as one of rank 16: the whole of it, beside PEFT's svd of one block."""
+def recompression(work: Path) -> list[Figure]:
+    """Two adapters of a 7B as one of rank 16: the whole of it, beside PEFT's svd of one matrix."""
     from loramix.formats import peft
     from loramix.merge.core import Size
     from loramix.merge.fold import merge_adapters
     from loramix.merge.recipe import Recipe
     from loramix.mix import Mix
 
-    if layers != 32:
-        for seed, name in enumerate(("one", "two"), 1):
-            shutil.rmtree(work / "library" / name)
-            make_adapter(work / "library" / name, 32, seed)
-    recipe = Recipe(Mix({"one": WEIGHTS[0], "two": WEIGHTS[1]}))
-    rows: list[dict[str, object]] = []
-    for size, work_name in (
-        (Size(), "merge of a 7B pair, exact"),
-        (Size(RANK), "recompression of a 7B pair"),
-    ):
+    library = work / "7b"
+    for seed, name in enumerate(("one", "two"), 1):
+        make_adapter(library / name, 32, seed)
+    rows: list[Figure] = []
+    for size, name in ((Size(), "merge of a 7B pair, exact"), (Size(RANK), RECOMPRESSED)):
         walls = []
         for _ in range(3):
             shutil.rmtree(work / "both", ignore_errors=True)
             os.sync()
             start = time.perf_counter()
-            adapters = {name: peft.read(work / "library" / name) for name in ("one", "two")}
-            merge_adapters(adapters, recipe, size).save(work / "both")
+            adapters = {name: peft.read(library / name) for name in ("one", "two")}
+            merge_adapters(adapters, Recipe(Mix.parse(MIX)), size).save(work / "both")
             walls.append(time.perf_counter() - start)
-        row = {"work": work_name, "figure": round(median(walls), 2), "unit": "s, files to files"}
-        rows.append(row | {"peer": "-", "target": 2, "better": "lower"})
-    shapes = json.dumps([(HIDDEN, HIDDEN)])
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PEFT_SVD, shapes],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    theirs = (
-        32 * len(SHAPES) * json.loads(found.stdout.splitlines()[-1])[0]
-    )  # more: MLPs are larger
-    ratio = theirs / float(str(rows[-1]["figure"]))
-    row = {"work": "recompression of a 7B pair", "figure": round(ratio), "unit": "x faster"}
-    rows.append(
-        row
-        | {
-            "peer": f"PEFT svd, {theirs:.0f} s or more, from one layer",
-            "target": 1,
-            "better": "higher",
-        }
-    )
+        rows.append(figure(name, median(walls), "s, files to files", "-", 2, "lower"))
+    command = [sys.executable, "-W", "ignore", "-c", PEFT_SVD]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    theirs = 32 * len(SHAPES) * float(found.stdout.splitlines()[-1])  # more: MLPs are larger
+    peer = f"PEFT svd, {theirs:.0f} s or more, from one matrix"
+    rows.append(figure(RECOMPRESSED, theirs / median(walls), "x faster", peer, 1, "higher"))
     return rows
 
 

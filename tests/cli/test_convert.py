@@ -48,7 +48,8 @@ def test_a_model_becomes_a_file(shop, tmp_path, capsys):
 
 def test_what_cannot_be_is_said_and_nothing_is_written(shop, tmp_path, capsys):
     folder = Library(shop.library).path("sql")
-    out = tmp_path / "a.gguf"
+    out, rows = tmp_path / "a.gguf", tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "the", "answer": "thing"}')
     cases = [
         ((folder, out), "names no base; give --base"),
         ((folder, out, "--base", tmp_path / "none"), "Cannot read the config"),
@@ -58,6 +59,11 @@ def test_what_cannot_be_is_said_and_nothing_is_written(shop, tmp_path, capsys):
         (("base", out, "--library", shop.library), "nothing to merge"),
         ((tmp_path / "x.gguf", tmp_path / "a"), "give --base for"),
         ((shop.base, out, "--rank", "4"), "--rank, --exact and --lora-only are for adapters"),
+        ((shop.base, out, "--data", "rows"), "are for --type gptq or awq"),
+        ((shop.base, tmp_path / "a", "--type", "gptq"), "give some by --data"),
+        ((folder, tmp_path / "a", "--type", "awq", "--data", rows), "makes a folder of a model's"),
+        ((shop.base, out, "--type", "gptq", "--data", rows), "makes a folder of a model's"),
+        ((shop.base, tmp_path / "a", "--type", "gptq", "--data", "rows"), "rows"),
         ((shop.base, out, "--type", "q5"), "Unknown GGUF type 'q5'"),
     ]
     for words, message in cases:
@@ -65,7 +71,7 @@ def test_what_cannot_be_is_said_and_nothing_is_written(shop, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error, words
         assert error.count("\n") == 1, words
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [rows]
 
 
 @pytest.mark.parametrize("broken", ["config.json", "tokenizer.json"])

@@ -91,6 +91,7 @@ def test_a_base_that_is_not_on_the_hub_is_not_linked(tmp_path):
     [
         (["config.json"], "finetune"),
         (["config.json", "merge.json"], "merge"),
+        (["config.json", "merge.json", "rounded"], "quantized"),
         (["m.gguf"], "quantized"),
     ],
     ids=str,
@@ -98,6 +99,8 @@ def test_a_base_that_is_not_on_the_hub_is_not_linked(tmp_path):
 def test_the_relation_to_the_base(files, relation, tmp_path):
     for name in files:
         (tmp_path / name).write_text('{"mix": "a+b"}')
+    if "rounded" in files:
+        (tmp_path / "config.json").write_text('{"quantization_config": {}}')
     found = describe(tmp_path, base="tiny/llama")
     assert matter(render(found))["base_model_relation"] == relation
 

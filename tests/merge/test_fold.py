@@ -15,9 +15,10 @@ from loramix.base import Base
 from loramix.chat import Example
 from loramix.errors import AdapterError, BaseMismatch, FormatError, MergeError
 from loramix.formats import peft
+from loramix.formats.folder import RECIPE
 from loramix.lora import Pair
 from loramix.merge.core import Size
-from loramix.merge.fold import RECIPE, merge_adapters
+from loramix.merge.fold import merge_adapters
 from loramix.merge.methods import METHODS
 from loramix.merge.moments import gathered
 from loramix.merge.recipe import Recipe, Setting, settings_of

@@ -73,6 +73,15 @@ def test_how_two_adapters_meet(llama):
     assert met.writes_overlap == pytest.approx(1, abs=1e-5)
     assert met.reads_overlap == pytest.approx(1, abs=1e-5)
     assert any("opposite" in line for line in lint({"a": one, "c": against}, both("a+c")).advice)
+    turned = lint({"a": one, "c": against}, both("a+c:-1"))
+    assert turned.meetings[0].cosine == pytest.approx(1, abs=1e-6)
+    assert turned.meetings[0].conflict < 0.001
+    assert any("much alike" in line for line in turned.advice)
+    mirrored = {k: Pair(p.a, p.b.roll(1, dims=1)) for k, p in one.pairs.items()}
+    same_space = lint({"a": one, "c": replace(one, name="c", pairs=mirrored)}, both("a+c"))
+    assert any("same subspace" in line for line in same_space.advice)
+    assert not any("nothing speaks against" in line for line in same_space.advice)
+    assert any("nothing speaks against" in line for line in lint(adapters, both()).advice)
     (met,) = lint(adapters, both()).meetings
     assert abs(met.cosine) < 0.1
     assert 0.4 < met.conflict < 0.6

@@ -12,7 +12,8 @@ from loramix.chat import Example, answered_ids
 from loramix.cli import main
 from loramix.errors import MergeError
 from loramix.formats import peft
-from loramix.merge.fold import RECIPE, merge_adapters
+from loramix.formats.folder import RECIPE
+from loramix.merge.fold import merge_adapters
 from loramix.merge.moments import gathered
 from loramix.merge.recipe import Recipe
 from loramix.mix import Mix

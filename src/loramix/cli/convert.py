@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from loramix.cli.flags import Where
 from loramix.cli.opening import hush, notice
+from loramix.cli.reading import read_answered
 from loramix.errors import BadRequest
 from loramix.formats.folder import CONFIG
 from loramix.library import Library
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from loramix.adapter import Adapter
     from loramix.formats.factors import Approximated
 
+FOUR_BITS = ("gptq", "awq")
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -27,50 +31,17 @@ Source = Annotated[
 ]
 
 
-def convert(
-    source: Source,
-    out: Annotated[
-        Path, typer.Argument(help="NAME.gguf, a folder for PEFT, or NAME.pt for minLoRA.")
-    ],
-    base: Annotated[str | None, typer.Option(help="Base of the adapter: folder or id.")] = None,
-    library: Annotated[Path | None, typer.Option(help="Folder of adapters.")] = None,
-    kind: Annotated[
-        str | None, typer.Option("--type", help="In GGUF: f32, f16, bf16, q8_0, q4_0.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="At most this rank; the error is said.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Whole SVD, not a random one.")] = False,
-    lora_only: Annotated[bool, typer.Option("--lora-only", help="Drop other changes.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .pt/.bin.")] = False,
-) -> None:
-    """Convert an adapter or a mix to GGUF, PEFT or minLoRA, a model to GGUF or to an adapter."""
-    hush()
-    if out.exists():
-        raise BadRequest(f"{out} exists; remove it first, or give another place.")
-    if _is_model(source) and out.suffix == ".gguf":
-        if base or rank or exact or lora_only:
-            raise BadRequest(
-                f"{source} is a whole model: --base, --rank, --exact and --lora-only are for "
-                f"adapters, not for a model in GGUF."
-            )
-        _convert_model(source, out, kind)
-    else:
-        fitting = Fitting(rank, exact, lora_only)
-        if _is_model(source):
-            adapter = fitting.extracted(source, base, slug(out.stem))
-        else:
-            where = Where(base or "pocket", library)
-            adapter = fitting.resized(_adapter(source, where, base, allow_pickle), base)
-        _write(adapter, out, base, kind)
-    typer.echo(f"Wrote {out}.")
-
-
 @dataclass(frozen=True, slots=True)
 class Fitting:
     """How updates that are not of the rank asked for become so; what is lost is said."""
 
-    rank: int | None
-    exact: bool
-    lora_only: bool
+    rank: Annotated[int | None, Option(help="At most this rank; the error is said.")] = None
+    exact: Annotated[bool, Option("--exact", help="Whole SVD, not a random one.")] = False
+    lora_only: Annotated[bool, Option("--lora-only", help="Drop other changes.")] = False
+
+    @property
+    def is_asked_for(self) -> bool:
+        return self != Fitting()
 
     def extracted(self, source: str, base: str | None, name: str) -> Adapter:
         """What a fine-tuned model changed in its base."""
@@ -114,6 +85,73 @@ class Fitting:
             found = compressed(adapter, self.rank)
         _tell_error(found)
         return found.adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How a model is rounded to four bits; what is lost is said."""
+
+    data: Annotated[Path | None, Option(help="Rows for gptq and awq to look at.")] = None
+    group_size: Annotated[
+        int, Option(min=1, help="Inputs that share a scale, for gptq and awq.")
+    ] = 128
+
+    def check_unasked(self) -> None:
+        if self != Rounding():
+            raise BadRequest(f"--data and --group-size are for --type {' or '.join(FOUR_BITS)}.")
+
+    def write(self, source: str, out: Path, kind: str) -> None:
+        if self.data is None:
+            raise BadRequest(f"{kind} looks at rows of what the model is for; give some by --data.")
+        if not _is_model(source) or out.suffix:
+            raise BadRequest(f"--type {kind} makes a folder of a model's folder.")
+        from loramix.formats.fourbit import write_four_bits
+
+        examples = read_answered(self.data)
+        with notice(f"Rounding {source} ..."):
+            lost = write_four_bits(source, examples, out, kind=kind, group_size=self.group_size)
+        _tell(f"KL(model || rounded) is {lost:.3g} nats a token, on these rows.")
+
+
+def convert(
+    source: Source,
+    out: Annotated[
+        Path, typer.Argument(help="NAME.gguf, NAME.pt for minLoRA, or a folder for the others.")
+    ],
+    fitting: Fitting,
+    rounding: Rounding,
+    base: Annotated[str | None, Option(help="Base of the adapter: folder or id.")] = None,
+    library: Annotated[Path | None, Option(help="Folder of adapters.")] = None,
+    kind: Annotated[
+        str | None,
+        Option("--type", help="In GGUF: f32, f16, bf16, q8_0, q4_0. A model: gptq, awq."),
+    ] = None,
+    allow_pickle: Annotated[bool, Option("--allow-pickle", help="Read .pt/.bin.")] = False,
+) -> None:
+    """Convert an adapter or mix to GGUF, PEFT or minLoRA, a model to GGUF, GPTQ or an adapter."""
+    hush()
+    if out.exists():
+        raise BadRequest(f"{out} exists; remove it first, or give another place.")
+    if kind not in FOUR_BITS:
+        rounding.check_unasked()
+    if kind in FOUR_BITS or (_is_model(source) and out.suffix == ".gguf"):
+        if base or fitting.is_asked_for:
+            raise BadRequest(
+                "--base, --rank, --exact and --lora-only are for adapters, not for a model in "
+                "GGUF or four bits."
+            )
+        if kind in FOUR_BITS:
+            rounding.write(source, out, kind)
+        else:
+            _convert_model(source, out, kind)
+    else:
+        if _is_model(source):
+            adapter = fitting.extracted(source, base, slug(out.stem))
+        else:
+            where = Where(base or "pocket", library)
+            adapter = fitting.resized(_adapter(source, where, base, allow_pickle), base)
+        _write(adapter, out, base, kind)
+    typer.echo(f"Wrote {out}.")
 
 
 def _is_model(source: str) -> bool:

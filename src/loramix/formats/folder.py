@@ -1,4 +1,4 @@
-"""Which files make an adapter's folder."""
+"""What the files of a folder are called."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 SAFE = (WEIGHTS, "adapters.safetensors")  # PEFT, MLX
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
+RECIPE = "merge.json"  # beside the weights of what was merged
 
 
 def find_weights(folder: Path) -> Path:

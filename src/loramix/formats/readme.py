@@ -19,12 +19,11 @@ from loramix.adapter import Card
 from loramix.errors import FormatError
 from loramix.formats.card import read_card
 from loramix.formats.config import interpret, load_config
-from loramix.formats.folder import CARD, CONFIG, find_weights
+from loramix.formats.folder import CARD, CONFIG, RECIPE, find_weights
 from loramix.formats.hub import is_hub_id
 from loramix.mix import slug
 
 README = "README.md"
-RECIPE = "merge.json"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 Kind = Literal["adapter", "model", "gguf"]
 RELATIONS: Mapping[Kind, str] = {"adapter": "adapter", "model": "finetune", "gguf": "quantized"}
@@ -41,10 +40,13 @@ class Published:
     datasets: tuple[str, ...] = ()
     evaluations: tuple[Mapping[str, Any], ...] = ()  # as `loramix eval --json` prints them
     rank: int = 0  # the largest of an adapter; 0 if its config does not say
+    is_rounded: bool = False  # a model whose layers have few bits each
 
     @property
     def relation(self) -> str:
         """The hub's word for how this comes from its base."""
+        if self.is_rounded:
+            return "quantized"
         merged = self.kind == "model" and self.recipe
         return "merge" if merged else RELATIONS[self.kind]
 
@@ -88,7 +90,8 @@ def describe(
         raise FormatError(f"{place / RECIPE}: adapters are no object; merge again.")
     rank = _rank(place) if kind == "adapter" else 0
     evaluations = tuple(_evaluation(file) for file in scores)
-    return Published(kind, known, recipe, digests, tuple(datasets), evaluations, rank)
+    rounded = kind == "model" and "quantization_config" in load_config(place / "config.json")
+    return Published(kind, known, recipe, digests, tuple(datasets), evaluations, rank, rounded)
 
 
 def files(folder: Path) -> list[str]:

@@ -15,13 +15,12 @@ from loramix.errors import BaseMismatch, MergeError
 from loramix.formats import peft
 from loramix.formats.aside import aside
 from loramix.formats.card import write_card
+from loramix.formats.folder import RECIPE
 from loramix.formats.licences import strictest
 from loramix.lora import Pair
 from loramix.merge.core import WHOLE, Size, approximated, resized
 from loramix.merge.recipe import Recipe
 from loramix.mix import slug
-
-RECIPE = "merge.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from loramix.merge.fold import check_alike
 from loramix.merge.places import Place, places
 from loramix.merge.recipe import Recipe
 from loramix.merge.updates import Updates
+from loramix.mix import Mix
 
 RANKS = (4, 8, 16, 32, 64)
 ROWS = 8  # of each layer that are looked at
@@ -29,7 +30,7 @@ ROWS = 8  # of each layer that are looked at
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Two adapters in the layers both update.
+    """Two adapters in the layers both update, with the signs of their weights.
 
     `cosine` is that of all their entries. The overlaps are |U^T V|^2 / min rank of what they write
     to and read from: 1 if one's subspace lies in the other's. `conflict` is the share of entries
@@ -76,7 +77,7 @@ def lint(adapters: Mapping[str, Adapter], recipe: Recipe, base: str | Path | Non
         num_layers=len(layers),
         num_updates={name: len(adapter.pairs) for name, adapter in sources.items()},
         fingerprints={name: _compare(a.card.base_fingerprint, mark) for name, a in sources.items()},
-        meetings=tuple(_meeting(one, two) for one, two in combinations(sources.values(), 2)),
+        meetings=tuple(_meeting(sources, recipe.mix, *pair) for pair in combinations(sources, 2)),
         kept=_kept(recipe.updates(layer, sources) for layer in plain),
         lost=None if placed is None else _lost(sources, recipe, placed.values()),
         dtype="" if placed is None else next(iter(placed.values())).stored.kind,
@@ -120,7 +121,9 @@ def _compare(wanted: str, found: str | None) -> str:
     return "same" if wanted == found else "differs"
 
 
-def _meeting(one: Adapter, two: Adapter) -> Meeting:
+def _meeting(adapters: Mapping[str, Adapter], mix: Mix, *names: str) -> Meeting:
+    one, two = (adapters[name] for name in names)
+    turned = math.copysign(1, math.prod(mix[name] for name in names))
     shared = sorted(one.pairs.keys() & two.pairs.keys())
     inner, squares, writes, reads, opposite, count = 0.0, [0.0, 0.0], 0.0, 0.0, 0, 0
     for layer in shared:
@@ -131,9 +134,9 @@ def _meeting(one: Adapter, two: Adapter) -> Meeting:
         writes += _overlap(p.b, q.b)
         reads += _overlap(p.a.T, q.a.T)
         signs = (p.b[:ROWS] @ p.a) * (q.b[:ROWS] @ q.a)
-        opposite, count = opposite + int((signs < 0).sum()), count + signs.numel()
+        opposite, count = opposite + int((turned * signs < 0).sum()), count + signs.numel()
     num = max(1, len(shared))
-    cosine = inner / max(math.sqrt(squares[0] * squares[1]), 1e-300)
+    cosine = turned * inner / max(math.sqrt(squares[0] * squares[1]), 1e-300)
     return Meeting(
         (one.name, two.name),
         len(shared),
@@ -204,19 +207,37 @@ def _advice(report: Lint) -> Iterator[str]:
                 f"{name} was trained on other weights, or these files use older names: check that "
                 f"the base is the right one."
             )
-    for met in report.meetings:
-        pair = " and ".join(met.names)
-        if met.cosine < -0.1:
-            yield f"{pair} pull in opposite directions: try ties or tsv-m, or smaller weights."
-        elif max(met.writes_overlap, met.reads_overlap) > 0.5:
-            yield f"{pair} share most of a subspace: try tsv-m, karcher or core-ties beside sum."
+    interference = list(filter(None, map(_interference, report.meetings)))
+    yield from interference
     enough = [rank for rank, share in report.kept.items() if share >= 0.99]
     if enough:
         yield f"Rank {enough[0]} holds 99 % of the sum's energy."
     if report.lost is not None and report.lost > 0.3:
         yield (
-            f"Rounding to {report.dtype} loses {report.lost:.0%} of the update, entry by entry: "
-            f"keep the adapter beside the base, or merge into a float32 copy of it."
+            f"Rounding to {report.dtype} loses {report.lost:.0%} of the update, entry by entry; in "
+            f"outputs errors average out, and --prove says what is left: if that is too much, keep "
+            f"the adapter beside the base, or merge into a float32 copy of it."
         )
-    if not any(met.cosine < -0.1 for met in report.meetings):
+    if not interference:
         yield "sum is exact and nothing speaks against it; compare others by their scores."
+
+
+def _interference(met: Meeting) -> str:
+    """What to try where two adapters are in each other's way; empty where they are not."""
+    pair = " and ".join(met.names)
+    if met.cosine < -0.1:
+        return (
+            f"{pair} pull in opposite directions, so any merge loses part of both: try ties, or "
+            f"serve them and let a router choose."
+        )
+    if met.cosine > 0.5:
+        return (
+            f"{pair} are much alike: where weights add up to more than 1, what they share is "
+            f"exaggerated; average keeps its size."
+        )
+    if max(met.writes_overlap, met.reads_overlap) > 0.5:
+        return (
+            f"{pair} write to or read from much the same subspace: compare sum with tsv-m, which "
+            f"takes their directions apart, and core-ties, which settles signs there."
+        )
+    return ""

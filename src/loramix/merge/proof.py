@@ -14,7 +14,7 @@ from torch import Tensor
 from loramix.adapter import Adapter
 from loramix.base import Base, open_base
 from loramix.formats.aside import aside
-from loramix.merge.fold import RECIPE
+from loramix.formats.folder import RECIPE
 from loramix.mix import Mix
 from loramix.mixed import Gates, MixedModel
 
