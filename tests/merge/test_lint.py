@@ -13,11 +13,13 @@ import loramix
 from loramix.cli import main
 from loramix.errors import BaseMismatch, MergeError
 from loramix.formats import peft
+from loramix.formats.readme import describe, render
 from loramix.lora import Pair
 from loramix.merge.checkpoint import open_checkpoint
+from loramix.merge.fold import merge_adapters
 from loramix.merge.lint import fingerprint, lint
 from loramix.merge.proof import prove
-from loramix.merge.recipe import Recipe
+from loramix.merge.recipe import Recipe, settings_of
 from loramix.merge.stream import merge_into
 from loramix.mix import Mix
 from tests.peft_twin import PROBE, load_in_peft
@@ -132,11 +134,24 @@ def test_of_dora_alone_no_loss_is_claimed(llama):
 def test_a_merged_model_is_proved_to_be_the_mix(llama, tmp_path):
     _, folder, adapters = llama
     merge_into(folder, adapters, both("a:0.6+b:-0.4"), tmp_path / "out")
-    right = prove(folder, tmp_path / "out", adapters, Mix.parse("a:0.6+b:-0.4"))
+    right = prove(folder, tmp_path / "out", adapters, both("a:0.6+b:-0.4"))
     assert right.max_kl < 1e-6 < 1e-3 < right.base_kl
+    assert right.alone == 0
     told = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert told["proof"]["max_kl"] == right.max_kl
-    assert prove(folder, tmp_path / "out", adapters, Mix.parse("a")).mean_kl > 1e-3
+    assert prove(folder, tmp_path / "out", adapters, both("a")).mean_kl > 1e-3
+
+
+@pytest.mark.parametrize("method", ["core-sum", "ties"])
+def test_a_merged_adapter_is_proved_too(method, llama, tmp_path):
+    _, folder, adapters = llama
+    recipe = Recipe(Mix.parse("a:0.6+b:0.4"), method, settings_of(["a@0-0=0.6"]))
+    merge_adapters(adapters, recipe).save(tmp_path / "out")
+    found = prove(folder, tmp_path / "out", adapters, recipe)
+    assert (found.max_kl < 1e-6) == (found.alone < 1e-5) == (method == "core-sum")
+    assert found.alone < 0.9  # ties keeps a fifth of the entries, the largest
+    told = render(describe(tmp_path / "out"))
+    assert f"within {found.alone:.1e} of itself" in told
 
 
 def test_the_command_looks_and_proves(shop, tmp_path, capsys, monkeypatch):

@@ -83,9 +83,9 @@ def merge(
     hush()
     wanted = _mix(mix, where)
     to_adapter: dict[str, object] = {"--rank": rank, "--energy": energy}
-    to_base: dict[str, object] = {"--shard-size": shard_size, "--prove": prove}
+    to_base: dict[str, object] = {"--shard-size": shard_size}
     if lint:
-        writing = {"--output": output, "--replace": replace, "--data": how.data}
+        writing = {"--output": output, "--replace": replace, "--data": how.data, "--prove": prove}
         _refuse(to_adapter | to_base | writing, "--lint only looks and merges nothing")
         _look(where, wanted, how, into)
         return
@@ -95,12 +95,12 @@ def merge(
     if into is None:
         _refuse(to_base, "it is for a merge --into a base")
         _into_adapter(where, wanted, how, output, (rank, energy), replace=replace)
-        return
-    _refuse(to_adapter, "a base takes the whole update")
-    shard_bytes = None if shard_size is None else _bytes(shard_size)
-    _into_base(where, wanted, how, output, into, shard_bytes, replace=replace)
+    else:
+        _refuse(to_adapter, "a base takes the whole update")
+        shard_bytes = None if shard_size is None else _bytes(shard_size)
+        _into_base(where, wanted, how, output, into, shard_bytes, replace=replace)
     if prove:
-        _prove(where, wanted, into, output)
+        _prove(where, how.recipe(wanted), into or where.base, output)
 
 
 def _into_adapter(
@@ -156,12 +156,12 @@ def _into_base(
     )
 
 
-def _prove(where: Where, mix: Mix, base: str, output: Path) -> None:
+def _prove(where: Where, recipe: Recipe, base: str, output: Path) -> None:
     from loramix.merge.proof import prove
     from loramix.merge.stream import base_folder
 
-    adapters = {name: where.shelf.load(name) for name in mix}
-    proof = prove(base_folder(base), output, adapters, mix)
+    adapters = {name: where.shelf.load(name) for name in recipe.mix}
+    proof = prove(base_folder(base), output, adapters, recipe)
     typer.echo(
         f"KL(mix || merged) is {proof.mean_kl:.3g} nats a token, at most {proof.max_kl:.3g}; "
         f"KL(mix || base) is {proof.base_kl:.3g}."

@@ -24,6 +24,7 @@ from loramix.formats.hub import is_hub_id
 from loramix.mix import slug
 
 README = "README.md"
+LONG = ("kept", "tensors", "proof")  # of a recipe, by layer or told otherwise
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 Kind = Literal["adapter", "model", "gguf"]
 RELATIONS: Mapping[Kind, str] = {"adapter": "adapter", "model": "finetune", "gguf": "quantized"}
@@ -187,8 +188,22 @@ def _scored(row: Mapping[str, Any]) -> tuple[str, str]:
 def _recipe(recipe: Mapping[str, Any]) -> str:
     if not recipe:
         return ""
-    shown = {key: value for key, value in recipe.items() if key != "kept"}
-    return f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```"
+    shown = {key: value for key, value in recipe.items() if key not in LONG}
+    told = f"```json\n{json.dumps(shown, indent=2, ensure_ascii=False)}\n```"
+    return "\n\n".join(filter(None, (told, _proof(recipe.get("proof", {})))))
+
+
+def _proof(found: Mapping[str, float | None]) -> str:
+    """What `loramix merge --prove` found, in a sentence."""
+    if not found:
+        return ""
+    text = (
+        f"Next tokens beside those of the served mix: KL(mix || merged) is {found['mean_kl']:.2g} "
+        f"nats, at most {found['max_kl']:.2g}; KL(mix || base) is {found['base_kl']:.2g}."
+    )
+    if (alone := found.get("alone")) is not None:
+        text += f" Each source alone comes out of this method within {alone:.1e} of itself."
+    return text
 
 
 def _uses(published: Published) -> Iterator[str]:
