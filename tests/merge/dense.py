@@ -57,7 +57,7 @@ def sce(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
     chosen = terms * (trim(variance, density) > 0 if density < 1 else 1)
     energy = chosen.square().mean((1, 2))
     share = (energy / energy.sum())[:, None, None]
-    agree = (chosen.sign() == (share * chosen).sum(0).sign()) & (chosen != 0)
+    agree = (chosen.sign() == chosen.sum(0).sign()) & (chosen != 0)
     return (share * chosen * agree).sum(0) / (share * agree).sum(0).clamp(min=1e-12)
 
 

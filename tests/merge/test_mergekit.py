@@ -27,16 +27,12 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="LORAMIX_MERGEKIT names no python that has mergekit"),
 ]
 RUN = "from mergekit.scripts.run_yaml import main; main()"
-PAIRS = [  # theirs, its settings, ours, its settings
+TIES, BAND, TOP = {"density": 0.25}, {"density": 0.5, "gamma": 0.0625}, {"select_topk": 0.25}
+PAIRS = [  # theirs and ours; shares are whole numbers of entries, which else are rounded otherwise
     ("task_arithmetic", {"normalize": False}, "sum", {}),
-    ("ties", {"density": 0.3}, "ties-normalised", {"density": 0.3}),
-    (
-        "breadcrumbs",
-        {"density": 0.6, "gamma": 0.05},
-        "breadcrumbs",
-        {"density": 0.6, "gamma": 0.05},
-    ),
-    ("sce", {"select_topk": 0.25}, "sce", {"density": 0.25}),
+    ("ties", TIES, "ties-normalised", TIES),
+    ("breadcrumbs", BAND, "breadcrumbs", BAND),
+    ("sce", TOP, "sce", TIES),
     ("model_stock", {}, "model-stock", {}),
     ("multislerp", {}, "mean-direction", {}),
     ("nuslerp", {}, "slerp", {}),

@@ -96,7 +96,8 @@ def _ids(base: Base, row: Example) -> list[int]:
 
 def _output(base: Base) -> str:
     """The name of the output layer."""
-    head = base.model.get_output_embeddings()
+    model: Any = base.model
+    head = model.get_output_embeddings()
     return next(name for name, module in base.model.named_modules() if module is head)
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from loramix.lora import Pair
 from loramix.merge.core import Core
+from loramix.merge.cores import CORE, TINY
 from loramix.merge.entries import dare_ties, ties
 from loramix.merge.registry import on_factors
 from loramix.merge.rows import View, combined, dense
 from loramix.merge.updates import Updates
 
-CORE = "https://arxiv.org/abs/2509.17786"
 KNOTS = "https://arxiv.org/abs/2410.19735"
 
 
@@ -63,7 +63,7 @@ def _aligned(updates: Updates, method: str) -> tuple[Tensor, Tensor]:
     core = Core.of(updates, method)
     side_by_side = torch.cat(list(core.cores), dim=1)  # [P, K Q], the same U as of the updates
     u, s, _ = torch.linalg.svd(side_by_side, full_matrices=False)
-    u = u[:, s > 1e-9 * s[0]]
+    u = u[:, s > TINY * s[0]]
     parts = u.T @ core.cores @ core.to_a  # [K, R, R]
     left = core.b @ (core.to_b @ u).to(core.b.dtype)
     return left, parts.to(core.a.dtype) @ core.a

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from loramix.merge.registry import check_share, on_cores
 
-TINY = 1e-9
+TINY = 1e-9  # singular values of a core below this share of the largest are zeros
 CORE = "https://arxiv.org/abs/2509.17786"
 
 

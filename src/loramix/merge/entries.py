@@ -104,6 +104,8 @@ def breadcrumbs(view: View, *, density: float = 0.9, gamma: float = 0.01) -> Com
 def sce(view: View, *, density: float = 0.1) -> Combine:
     """Select the entries that differ most between updates, weigh each update by its energy there,
     erase minority signs, and take that weighted mean.
+
+    Signs are elected by the sum of what was selected, before the weights by energy.
     """
     check_share("density", density)
     cut = view.cut(lambda rows: _variance(view, rows), density)
@@ -116,7 +118,7 @@ def sce(view: View, *, density: float = 0.1) -> Combine:
 
     def combine(rows: Rows) -> Tensor:
         terms = selected(rows)
-        kept = share * agreement(share * terms)
+        kept = share * agreement(terms)
         return (terms * kept).sum(0) / kept.sum(0).clamp(min=1e-12)
 
     return combine

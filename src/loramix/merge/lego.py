@@ -8,6 +8,7 @@ from torch import Tensor
 from loramix.errors import MergeError
 from loramix.lora import Pair
 from loramix.merge.core import Core
+from loramix.merge.cores import TINY
 from loramix.merge.registry import on_factors
 from loramix.merge.updates import Updates
 
@@ -40,7 +41,7 @@ def _units(core: Core, weights: Tensor) -> Tensor:
     units = []
     for each, weight in zip(core.cores, weights, strict=True):
         u, s, vt = torch.linalg.svd(each * weight, full_matrices=False)
-        live = s > 1e-9 * s[0].clamp(min=1e-300)
+        live = s > TINY * s[0].clamp(min=1e-300)
         root = s[live].sqrt()
         units.append(torch.cat([(u[:, live] * root).T, root[:, None] * vt[live]], dim=1))
     return torch.cat(units)
