@@ -98,7 +98,8 @@ def _output(base: Base) -> str:
     """The name of the output layer."""
     model: Any = base.model
     head = model.get_output_embeddings()
-    return next(name for name, module in base.model.named_modules() if module is head)
+    found: str = next(name for name, module in model.named_modules() if module is head)
+    return found
 
 
 def _round(base: Base, tokens: Sequence[Sequence[int]], kind: str, group_size: int) -> None:
