@@ -163,12 +163,13 @@ def test_the_command_looks_and_proves(shop, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
     assert main([*mix, "-o", "out", "--prove", "--shard-size", "20KB"]) == 0
     assert "KL(mix || merged)" in capsys.readouterr().out
-    assert main([*mix[:-2], "-o", "x", "--prove"]) == 1
+    assert main([*mix[:-2], "--base", shop.base, "-o", "both", "--prove"]) == 0
+    assert "KL(mix || merged)" in capsys.readouterr().out
     assert main([*mix[:-2], "-o", "x", "--shard-size", "20KB"]) == 1
     assert main([*mix, "-o", "x", "--rank", "4"]) == 1
     assert main([*mix, "-o", "x", "--shard-size", "many"]) == 1
     assert main(mix) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"both", "out"}
 
 
 def test_a_base_that_is_not_the_one_is_told(shop, tmp_path, capsys):

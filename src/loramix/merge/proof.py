@@ -57,7 +57,9 @@ def prove(
     plain = _logits(opened, tokens)
     served = _served(opened, adapters, recipe.mix, tokens)
     if (Path(merged) / CONFIG).exists():
-        found = _served(opened, {"merged": peft.read(merged)}, Mix({"merged": 1}), tokens)
+        found = _served(
+            opened, {"merged": peft.read(merged, name="merged")}, Mix({"merged": 1}), tokens
+        )
     else:
         del opened
         found = _logits(open_base(str(merged), dtype="float32"), tokens)
