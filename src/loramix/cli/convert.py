@@ -103,7 +103,7 @@ class Rounding:
     def write(self, source: str, out: Path, kind: str) -> None:
         if self.data is None:
             raise BadRequest(f"{kind} looks at rows of what the model is for; give some by --data.")
-        if not _is_model(source) or out.suffix:
+        if not _is_model(source) or out.suffix in (".gguf", ".pt"):
             raise BadRequest(f"--type {kind} makes a folder of a model's folder.")
         from loramix.formats.fourbit import write_four_bits
 
@@ -135,10 +135,10 @@ def convert(
     if kind not in FOUR_BITS:
         rounding.check_unasked()
     if kind in FOUR_BITS or (_is_model(source) and out.suffix == ".gguf"):
-        if base or fitting.is_asked_for:
+        if base or library or allow_pickle or fitting.is_asked_for:
             raise BadRequest(
-                "--base, --rank, --exact and --lora-only are for adapters, not for a model in "
-                "GGUF or four bits."
+                "--base, --library, --allow-pickle, --rank, --exact and --lora-only are for "
+                "adapters, not for a model in GGUF or four bits."
             )
         if kind in FOUR_BITS:
             rounding.write(source, out, kind)
