@@ -42,7 +42,8 @@ class Memo:
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         if new:
             self.known |= zip(new, self.encoder.encode(new), strict=True)
-        return np.stack([self.known[text] for text in texts])
+        found = [self.known[text] for text in texts]
+        return np.stack(found) if found else self.encoder.encode([])
 
     def tokens(self, text: str) -> Tokens:
         return self.encoder.tokens(text)
@@ -77,6 +78,10 @@ def banking() -> dict[str, Pairs]:
         split: [(row["text"], slug(row["intent"])) for row in lines(f"banking77/{split}.jsonl.gz")]
         for split in ("train", "test")
     }
+
+
+def texts(rows: Pairs) -> list[str]:
+    return [text for text, _ in rows]
 
 
 def grouped(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

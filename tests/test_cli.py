@@ -225,6 +225,14 @@ def test_a_router_is_evaluated_on_labelled_rows(loramix, shop):
         loramix("route", "eval", data, "--router", router, "--compare", router, "--json")
     )
     assert both["gain"]["value"] == 0
+    words = ("--router", "nearest", "--compare", "fixed:sql", *shop.flags)
+    out = json.loads(loramix("route", "eval", data, *words, "--json"))
+    assert (out["compare"]["accuracy"]["value"], out["gain"]["n"]) == (0.25, 4)
+    assert out["gain"]["value"] == out["accuracy"]["value"] - 0.25
+    assert "fixed:sql on the same rows" in loramix("route", "eval", data, *words)
+    assert "spectral on" in loramix("route", "eval", data, "--compare", "spectral", *shop.flags)
+    loramix("route", "eval", data, "--router", "nobody", *shop.flags, status=1)
+    assert "No router is called 'nobody'" in loramix.err
 
 
 def test_an_evaluation_fails_below_the_least_accuracy(loramix, shop):

@@ -80,6 +80,12 @@ def router(data: Data, pocket: Pocket = POCKET) -> None:
     report.write_queries(data, pocket)
 
 
+@app.command("rows")
+def write_rows(data: Data, out: Work = Path("build/pocket"), count: int = 100) -> None:
+    """Write held-out rows to evaluate routers on, and others with their answers."""
+    routing.write_rows(data, out, count)
+
+
 @app.command("report")
 def write_report(
     data: Data, pocket: Pocket = POCKET, out: Path = HERE / "RESULTS.md", limit: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import cache
 from pathlib import Path
@@ -60,6 +61,23 @@ def foreign(data: Path, split: str = "oos_test") -> list[str]:
     """CLINC150's out-of-scope queries: nobody's task. The router never learns from CLINC150."""
     found = rows(data / "clinc150/data_full.jsonl.gz")
     return [r["text"] for r in found if r["split"] == split]
+
+
+def write_rows(data: Path, out: Path, count: int) -> None:
+    """Held-out rows for `loramix route`: labelled.jsonl, and answered.jsonl of others with answers.
+
+    `count` rows of each task in either, and 2 * `count` of nobody in the first.
+    """
+    rng = random.Random(5)
+    labelled = [{"text": text, "route": None} for text in foreign(data)[: 2 * count]]
+    answered = []
+    for name in TASKS:
+        found = rng.sample(load(name, data).heldout, 2 * count)
+        labelled += [{"text": e.query, "route": name} for e in found[:count]]
+        answered += [{"query": e.query, "answer": e.answer, "adapter": name} for e in found[count:]]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("labelled", labelled), ("answered", answered)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def user(text: str) -> tuple[Message, ...]:

@@ -30,6 +30,7 @@ from loramix.mix import Mix
 from loramix.route import Decision, Router
 
 if TYPE_CHECKING:
+    from loramix.base import Base
     from loramix.route.feedback import CorrectedRouter
 
 POCKET = Path(__file__).with_name("pocket")  # as in base.py, which loads torch
@@ -208,14 +209,14 @@ def open(
     device: str = "auto",
     revision: str | None = None,
     quantize: str = "none",
-    router: bool | Router = True,
+    router: bool | Router | Callable[[Base], Router] = True,
     engine: Mapping[str, Any] | None = None,
 ) -> LM:
     """Open a base by folder, hub id or "pocket", with the adapters of a library.
 
     Without `library`: pocket's own for pocket, else yours (`default_library`). `quantize` "int8"
-    halves the base's memory (see `open_base`). Its router comes along unless `router` is false or
-    another. `engine` are options of `LocalEngine`.
+    halves the base's memory (see `open_base`). Its router comes along unless `router` is false,
+    another, or what makes one of the bare base. `engine` are options of `LocalEngine`.
     Raises BaseError, AdapterError, RouteError, EngineError.
     """
     from loramix.base import open_base
@@ -226,6 +227,8 @@ def open(
     if router is True and has_router(shelf):
         asked = load_router(shelf)
     opened = open_base(base, dtype=dtype, device=device, revision=revision, quantize=quantize)
+    if callable(asked):
+        asked = asked(opened)  # before the engine wraps it
     return LM(LocalEngine(opened, library=shelf, **engine or {}), shelf, asked)
 
 

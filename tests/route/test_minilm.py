@@ -72,6 +72,6 @@ def test_other_weights_are_not_trusted(tmp_path: Path) -> None:
 
 def test_without_the_package_ngrams_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "_packaged", lambda: None)
-    assert default_encoder() == NgramEncoder()
+    assert default_encoder() == NgramEncoder(seams=True)
     with pytest.raises(RouteError, match="pip install"):
         MiniLmEncoder.open()

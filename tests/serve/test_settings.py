@@ -13,7 +13,7 @@ from loramix.formats import peft
 from loramix.library import Library
 from loramix.lm import POCKET_LIBRARY, has_router
 from loramix.mix import Mix
-from loramix.route.fixed import FixedRouter
+from loramix.route.fixed import FixedRouter, RulesRouter
 from loramix.serve.opening import open_service, problems
 from loramix.serve.service import Service
 from loramix.serve.settings import (
@@ -205,6 +205,7 @@ def test_every_mistake_is_named_at_once(written):
         ("library: {0}\ndefault_mix: auto", "has no router"),
         ("router: {{kind: fixed, mix: nobody}}", "router: No adapter 'nobody'"),
         ("router: {{kind: rules, file: '{0}/no.yaml'}}", "cannot be read as rules"),
+        ("library: {0}\nrouter: nearest", "router: No router in"),
         ("default_mix: auto\nrouter: none", "needs the router that router: none leaves out"),
         ("library: {0}\ndefault_mix: 'a:0.5++'", "default_mix: "),
         ("library: {0}\ndefault_mix: lost", "default_mix: No adapter 'lost'"),
@@ -256,11 +257,11 @@ def test_a_router_of_the_settings(tmp_path):
     (tmp_path / "rules.yaml").write_text("rules: {sql: select}")
     settings = load([], [f"router={{kind: rules, file: {tmp_path}/rules.yaml}}"])
     assert problems(settings) == []
-    router = settings.router.opened()
-    assert not isinstance(router, bool)
+    router = settings.router.opened(settings.shelf)
+    assert isinstance(router, RulesRouter)
     assert router.adapters == ("sql",)
-    assert load([], ["router.kind=none"]).router.opened() is False
-    assert load([]).router.opened() is True
+    assert load([], ["router.kind=none"]).router.opened(settings.shelf) is False
+    assert load([]).router.opened(settings.shelf) is True
 
 
 def test_a_server_of_pocket_changes_a_copy_of_its_library(tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ Without `--library` the commands see your own library and pocket's; what they ch
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -178,7 +180,11 @@ def open_encoder(name: str) -> Encoder:
     from loramix.route.encode import MiniLmEncoder, default_encoder
     from loramix.route.ngrams import NgramEncoder
 
-    makers = {"auto": default_encoder, "ngrams": NgramEncoder, "minilm": MiniLmEncoder.open}
+    makers: dict[str, Callable[[], Encoder]] = {
+        "auto": default_encoder,
+        "ngrams": partial(NgramEncoder, seams=True),
+        "minilm": MiniLmEncoder.open,
+    }
     if name not in makers:
         raise RouteError(f"Unknown encoder {name!r}; expected {', '.join(makers)}.")
     return makers[name]()

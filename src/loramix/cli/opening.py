@@ -9,14 +9,18 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loramix import lm
 from loramix.cli.flags import Machine, Where
+
+if TYPE_CHECKING:
+    from loramix.base import Base
 
 
 def open_lm(where: Where, machine: Machine) -> lm.LM:
@@ -24,14 +28,17 @@ def open_lm(where: Where, machine: Machine) -> lm.LM:
     hush(bars=sys.stderr.isatty() and where.base != "pocket")
     with notice(f"Opening {where.base} ..."), no_collection():
         import_quickly()
-        return lm.open(
-            where.base,
-            where.shelf.folder,
-            dtype=machine.dtype,
-            device=machine.device,
-            revision=machine.revision,
-            quantize=machine.quantize,
-        )
+        return lm.open(where.base, where.shelf.folder, **asdict(machine))
+
+
+def open_base(where: Where, machine: Machine) -> Base:
+    """The base alone, opened as quietly as `open_lm` opens it with all that belongs to it."""
+    hush(bars=sys.stderr.isatty() and where.base != "pocket")
+    with notice(f"Opening {where.base} ..."), no_collection():
+        import_quickly()
+        from loramix import base
+
+        return base.open_base(where.base, **asdict(machine))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,15 +12,15 @@ import typer
 from typer.core import TyperGroup
 
 from loramix.cli.adapters import open_encoder
-from loramix.cli.flags import Json, Where, flags
-from loramix.cli.opening import notice
+from loramix.cli.flags import Json, Machine, Where, flags
+from loramix.cli.opening import notice, open_base
 from loramix.cli.printing import decision_fields, print_json
 from loramix.cli.reading import read_labelled, read_stdin
 from loramix.errors import BadRequest
 from loramix.lm import ROUTER, as_messages, load_router
+from loramix.routers import KINDS, open_router
 
 if TYPE_CHECKING:
-    from loramix.route import Router
     from loramix.route.feedback import CorrectedRouter, Correction
     from loramix.route.report import Figure, Report
 
@@ -69,10 +70,13 @@ def eval_(
         Path, typer.Argument(help='Lines like {"text": "...", "route": "sql"}; null for the base.')
     ],
     where: Where,
+    machine: Machine,
     router: Annotated[
-        Path | None, typer.Option(help="Folder of a router; default: the library's.")
+        str, typer.Option(metavar="KIND|FOLDER", help=f"What to measure: {KINDS}.")
+    ] = "auto",
+    compare: Annotated[
+        str | None, typer.Option(metavar="KIND|FOLDER", help="A second one, on the same rows.")
     ] = None,
-    compare: Annotated[Path | None, typer.Option(help="Folder of a second router.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Fail below this share.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
     as_json: Json = False,
@@ -84,8 +88,9 @@ def eval_(
     from loramix.route.report import difference, judge, report
 
     rows = read_labelled(data)
-    first = _opened(router) if router else load_router(where.shelf)
-    second = _opened(compare) if compare else None
+    base = partial(open_base, where, machine)
+    first = open_router(router, where.shelf, base)
+    second = open_router(compare, where.shelf, base) if compare else None
     with notice(f"Routing {len(rows)} rows ..."):
         verdicts = judge(first, rows)
         others = judge(second, rows) if second else None
@@ -98,7 +103,7 @@ def eval_(
     else:
         _print(found)
         if others and gain:
-            _print_comparison(report(others), gain)
+            _print_comparison(str(compare), report(others), gain)
     if min_accuracy is not None and found.accuracy.value < min_accuracy:
         typer.echo(f"Accuracy is {found.accuracy.value:.3f}, less than {min_accuracy:g}.", err=True)
         raise typer.Exit(1)
@@ -214,13 +219,15 @@ def _short(text: str) -> str:
     return repr(flat if len(flat) <= 80 else flat[:77] + "...")
 
 
-def _opened(folder: Path) -> Router:
-    from loramix.route.gate import GateRouter
-
-    return GateRouter.load(folder)
-
-
 def _print(found: Report) -> None:
+    _print_figures(found)
+    for truth, choice, queries in found.confused:
+        typer.echo(f"\n{truth} taken for {choice}:")
+        for query in queries:
+            typer.echo(f"  {' '.join(query.split())[:100]}")
+
+
+def _print_figures(found: Report) -> None:
     from loramix.route.page import FIGURES
 
     for name, meaning in FIGURES.items():
@@ -234,17 +241,13 @@ def _print(found: Report) -> None:
         if not math.isnan(value):
             typer.echo(f"{value:6.3f}                        {meaning}")
     typer.echo(f"{found.p50_ms:6.1f} ms, p95 {found.p95_ms:.1f} ms         one query")
-    for truth, choice, queries in found.confused:
-        typer.echo(f"\n{truth} taken for {choice}:")
-        for query in queries:
-            typer.echo(f"  {' '.join(query.split())[:100]}")
 
 
-def _print_comparison(other: Report, gain: Figure) -> None:
-    typer.echo(
-        f"\nthe other's accuracy {_shares(other.accuracy).strip()}; gain over it "
-        f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-    )
+def _print_comparison(name: str, other: Report, gain: Figure) -> None:
+    typer.echo(f"\n{name} on the same rows:")
+    _print_figures(other)
+    span = f"[{gain.low:+.3f}, {gain.high:+.3f}]"
+    typer.echo(f"{gain.value:+6.3f} {span} gain in accuracy over it, row by row")
 
 
 def _shares(figure: Figure) -> str:

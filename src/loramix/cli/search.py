@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from loramix.cli.flags import Json, Machine, Where
-from loramix.cli.opening import hush, import_quickly, no_collection, notice
+from loramix.cli.opening import open_base
 from loramix.cli.printing import print_json
 from loramix.cli.reading import read_answered
 from loramix.errors import AdapterError, SearchError, UnknownAdapter
@@ -53,7 +53,7 @@ def search(where: Where, machine: Machine, how: How, data: Data, as_json: Json =
     examples = read_answered(data)
     names = _names(how, where.shelf)
     target = _target(how, where)
-    base = _open(where, machine)
+    base = open_base(where, machine)
     found, mix = _find(how, where.shelf, base, names, examples, target)
     if as_json:
         print_json(_fields(found, mix, how))
@@ -138,15 +138,6 @@ def _named(owners: Sequence[str], point: Sequence[float]) -> str:
     from loramix.search.result import as_mix
 
     return str(as_mix(owners, point))
-
-
-def _open(where: Where, machine: Machine) -> Base:
-    hush(bars=sys.stderr.isatty() and where.base != "pocket")
-    with notice(f"Opening {where.base} ..."), no_collection():
-        import_quickly()
-        from loramix.base import open_base
-
-        return open_base(where.base, **asdict(machine))
 
 
 def _names(how: How, shelf: Library) -> list[str]:

@@ -164,7 +164,7 @@ class MiniLmEncoder:
 
 def default_encoder() -> Encoder:
     """The sentence encoder when its package is installed, n-grams alone when not."""
-    return MiniLmEncoder.open() if _packaged() else NgramEncoder()
+    return MiniLmEncoder.open() if _packaged() else NgramEncoder(seams=True)
 
 
 def _packaged() -> Path | None:

@@ -25,6 +25,8 @@ class Neighbours:
 
         `of` has each query's adapters, [N, C]; without it every example is compared.
         """
+        if of is None and not isinstance(self.rows, Sparse) and not isinstance(query, Sparse):
+            return cast(Floats, query @ self.rows.T)  # many queries in one product
         found = np.zeros((_count(query), len(self.labels)), np.float32)
         for i, row in enumerate(found):
             one = _vector(query, i, self._width)
@@ -35,9 +37,13 @@ class Neighbours:
     def without(self, adapters: Ints) -> Neighbours:
         """The examples of all other adapters, which are numbered anew."""
         kept = np.flatnonzero(~np.isin(self.labels, adapters))
-        rows = self.rows.take(kept) if isinstance(self.rows, Sparse) else self.rows[kept]
         labels = np.unique(self.labels[kept], return_inverse=True)[1]
-        return Neighbours(rows, labels, self.ranks[kept], tuple(self.texts[i] for i in kept))
+        texts = tuple(self.texts[i] for i in kept)
+        return Neighbours(self.take(kept), labels, self.ranks[kept], texts)
+
+    def take(self, examples: Ints) -> Floats | Sparse:
+        """Where some of the examples lie."""
+        return self.rows.take(examples) if isinstance(self.rows, Sparse) else self.rows[examples]
 
     @cached_property
     def _firsts(self) -> list[int]:

