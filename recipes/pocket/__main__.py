@@ -81,7 +81,7 @@ def router(data: Data, pocket: Pocket = POCKET) -> None:
 
 
 @app.command("rows")
-def write_rows(data: Data, out: Work = Path("build/pocket"), count: int = 100) -> None:
+def router_rows(data: Data, out: Work = Path("build/pocket"), count: int = 100) -> None:
     """Write held-out rows to evaluate routers on, and others with their answers."""
     routing.write_rows(data, out, count)
 

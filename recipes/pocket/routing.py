@@ -76,8 +76,8 @@ def write_rows(data: Path, out: Path, count: int) -> None:
         labelled += [{"text": e.query, "route": name} for e in found[:count]]
         answered += [{"query": e.query, "answer": e.answer, "adapter": name} for e in found[count:]]
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("labelled", labelled), ("answered", answered)):
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    for name, part in (("labelled", labelled), ("answered", answered)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
 
 
 def user(text: str) -> tuple[Message, ...]:
