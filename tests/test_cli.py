@@ -282,6 +282,55 @@ def test_the_router_is_corrected_and_the_correction_undone(loramix, shop):
     assert "held-out score" in loramix("route", "feedback", "--refit", *where)
 
 
+def test_a_router_learns_who_answers_best(loramix, shop):
+    labels = {"sql": "list", "banking": "my card"}
+    rows = [
+        {"text": f"{verb} {what}", "route": n} for n, verb in labels.items() for what in "abcdefgh"
+    ]
+    answered = [
+        {"query": f"{verb} {what}", "answer": "yes", "adapter": name}
+        for what in "ijkl"
+        for name, verb in labels.items()
+    ]
+    Path("answered.jsonl").write_text("\n".join(map(json.dumps, answered)), "utf-8")
+    words = ("--out", "r", "--measure", "answered.jsonl", "--encoder", "ngrams", *shop.flags)
+    told = loramix("route", "fit", labelled(*rows), *words, "--targets", "targets.jsonl")
+    assert "of 4 rows are answered best by it" in told
+    assert told.count("nats an answer over the oracle") == 2
+    targets = [json.loads(line) for line in Path("targets.jsonl").read_text("utf-8").splitlines()]
+    assert [t["query"] for t in targets] == [row["query"] for row in answered]
+    for target in targets:
+        assert {*target["nats"]} == {"sql", "banking", "base"}
+        assert max(target["target"], key=target["target"].get) == min(
+            target["nats"], key=target["nats"].get
+        )
+    loramix("route", "fit", labelled(*rows), *words, "--targets", "targets.jsonl", status=1)
+    strange = labelled(*rows, {"text": "a", "route": "nobody"})
+    loramix("route", "fit", strange, *words, status=1)
+    assert "No adapter 'nobody'" in loramix.err
+
+
+def test_a_router_is_calibrated_by_rows_it_has_not_learned(loramix, shop):
+    rows = [{"text": f"{verb} the cars", "route": "sql"} for verb in "abcdefghijklmnopqrstuvwx"]
+    rows += [
+        {"text": f"my {thing} was eaten", "route": "banking"} for thing in "abcdefghijklmnopqrst"
+    ]
+    rows += [{"text": f"sing of {what}", "route": None} for what in "abcdefghijkl"]
+    words = ("route", "calibrate", labelled(*rows), "--library", shop.library, "--out", "new")
+    told = loramix(*words, "--keep-of", "sql=0.5", "--threshold", "banking=-99")
+    assert "100.0% of    20 stay  banking (threshold -99.00)" in told
+    assert "of    12 of nobody go to the base" in told
+    out = json.loads(loramix("route", "eval", "labelled.jsonl", "--router", "new", "--json"))
+    assert out["routes"]["sql"]["recall"] < 0.8
+    assert "100.0% of    12 of nobody" in loramix(*words, "--oos-recall", "0.9")
+    for wrong in (
+        ["--keep-of", "sql"],
+        ["--keep", "0.9", "--oos-recall", "0.9"],
+        ["--keep-of", "x=0.5"],
+    ):
+        loramix(*words, *wrong, status=1)
+
+
 def test_a_router_is_fitted_from_labelled_rows_and_asked_what_it_lacks(loramix, shop):
     rows = [{"text": f"list {what}", "route": "sql"} for what in "abcdefghijkl"]
     rows += [{"text": f"my card {what}", "route": "banking"} for what in "abcdefghijkl"]

@@ -82,7 +82,7 @@ def router(data: Data, pocket: Pocket = POCKET) -> None:
 
 @app.command("rows")
 def router_rows(data: Data, out: Work = Path("build/pocket"), count: int = 100) -> None:
-    """Write held-out rows to evaluate routers on, and others with their answers."""
+    """Write rows to fit a router on, to evaluate it on, and with answers to measure by."""
     routing.write_rows(data, out, count)
 
 

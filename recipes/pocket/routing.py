@@ -64,11 +64,13 @@ def foreign(data: Path, split: str = "oos_test") -> list[str]:
 
 
 def write_rows(data: Path, out: Path, count: int) -> None:
-    """Held-out rows for `loramix route`: labelled.jsonl, and answered.jsonl of others with answers.
+    """Rows for `loramix route`: train.jsonl to fit on, and two files that nobody has learned.
 
-    `count` rows of each task in either, and 2 * `count` of nobody in the first.
+    labelled.jsonl, to evaluate on, has `count` rows of each task and twice as many of nobody;
+    answered.jsonl has `count` others of each task with their answers; train.jsonl four times those.
     """
     rng = random.Random(5)
+    learned = [{"text": t, "route": n} for n in TASKS for t in queries(n, data)[: 4 * count]]
     labelled = [{"text": text, "route": None} for text in foreign(data)[: 2 * count]]
     answered = []
     for name in TASKS:
@@ -76,7 +78,7 @@ def write_rows(data: Path, out: Path, count: int) -> None:
         labelled += [{"text": e.query, "route": name} for e in found[:count]]
         answered += [{"query": e.query, "answer": e.answer, "adapter": name} for e in found[count:]]
     out.mkdir(parents=True, exist_ok=True)
-    for name, part in (("labelled", labelled), ("answered", answered)):
+    for name, part in (("train", learned), ("labelled", labelled), ("answered", answered)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,26 @@ def open_router(what: str, library: Library, base: Callable[[], Base]) -> Router
 
         return GateRouter.load(Path(what))
     raise RouteError(f"No router is called {what!r}; expected {KINDS}.")
+
+
+def fitted_router(
+    library: Library,
+    *,
+    thresholds: Mapping[str, float] | None = None,
+    fades: bool | None = None,
+    top: int | None = None,
+) -> Router:
+    """The library's fitted router with its corrections, some of its settings replaced.
+
+    `thresholds` are least in-scope scores, as its reasons show them; `fades` makes weights sum to
+    1 - P(none); `top` is the most adapters of a mix. Raises RouteError, UnknownAdapter.
+    """
+    from loramix.route.feedback import CorrectedRouter
+
+    found = load_router(library)
+    gate = found.gate.with_thresholds(thresholds or {})
+    gate = replace(gate, fades=gate.fades if fades is None else fades, top=top or gate.top)
+    return CorrectedRouter(gate, found.log)
 
 
 def fixed_router(mix: str) -> Router:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +246,35 @@ def test_a_threshold_needs_a_known_adapter_and_enough_queries(router: GateRouter
         router.tuned({router.adapters[0]: ["hello there"]})
     with pytest.raises(RouteError, match="too few"):
         router.tuned({router.adapters[0]: []})
+
+
+def test_another_share_of_one_adapters_queries_stays(router: GateRouter) -> None:
+    name, fresh = router.adapters[0], held_out()[router.adapters[0]]
+    strict = router.tuned({name: fresh}, keep=0.7)
+    scores = strict.abstain.scores(
+        look(read(fresh, strict.ngrams, None), strict.gate, strict.neighbours)
+    )
+    assert np.mean(scores >= strict.abstain.thresholds[0]) == pytest.approx(0.7, abs=0.06)
+    assert strict.stays(fresh) < router.tuned({name: fresh}, keep=0.95).stays(fresh)
+
+
+def test_a_threshold_can_be_said(router: GateRouter) -> None:
+    name, query = "baking", held_out()["baking"][0]
+    closed = router.with_thresholds({name: 1e9})
+    assert not ask(closed, query).mix
+    assert closed.abstain.thresholds[1:] == router.abstain.thresholds[1:]
+    assert ask(closed, held_out()["sailing"][0]).mix
+    assert closed.with_thresholds({name: -1e9}).stays(held_out()[name]) == 1
+    with pytest.raises(UnknownAdapter):
+        router.with_thresholds({"nobody": 0.0})
+
+
+def test_a_fading_router_is_as_strong_as_it_is_sure(router: GateRouter, tmp_path: Path) -> None:
+    replace(router, fades=True).save(tmp_path / "r")
+    fading = GateRouter.load(tmp_path / "r")
+    for query in (group[0] for group in held_out().values()):
+        plain, faded = ask(router, query), ask(fading, query)
+        assert sum(plain.mix.values()) == pytest.approx(1)
+        assert sum(faded.mix.values()) == pytest.approx(1 - faded.none, abs=1e-3)
+        assert set(plain.mix) == set(faded.mix)
+    assert fading.remove("baking").fades

@@ -128,6 +128,7 @@ BAD = {
     "router: rulez": r"router.kind: input should be 'auto', .* not 'rulez'",
     "router: {kind: rules}": r"router: kind rules needs file",
     "router: {kind: auto, mix: sql}": r"router: kind fixed needs mix, and no other kind has it",
+    "router: {kind: nearest, top: 1}": r"router: only kind auto has top",
     "router: {knd: none}": r"router.knd is no setting; did you mean 'kind'\?",
     "default_mix: 3": r"default_mix: .* string",
     "cors: '*'": r"cors: input should be a list, not '\*'",
@@ -260,6 +261,14 @@ def test_a_router_of_the_settings(tmp_path):
     router = settings.router.opened(settings.shelf)
     assert isinstance(router, RulesRouter)
     assert router.adapters == ("sql",)
+    given = load([], ["router={thresholds: {sql: 7}, fade: true, top: 1}"])
+    gate = given.router.opened(given.shelf).gate
+    assert (gate.abstain.thresholds[gate.adapters.index("sql")], gate.fades, gate.top) == (
+        7,
+        True,
+        1,
+    )
+    assert given.router.reopened(given.shelf).gate.top == 1
     assert load([], ["router.kind=none"]).router.opened(settings.shelf) is False
     assert load([]).router.opened(settings.shelf) is True
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from loramix.cli.adapters import open_encoder
+from loramix.cli.fitting import calibrate, fit
 from loramix.cli.flags import Json, Machine, Where, flags
 from loramix.cli.opening import notice, open_base
 from loramix.cli.printing import decision_fields, print_json
@@ -109,32 +109,8 @@ def eval_(
         raise typer.Exit(1)
 
 
-@route.command()
-def fit(
-    data: Annotated[Path, typer.Argument(help="Labelled rows, as for eval.")],
-    out: Annotated[Path, typer.Option(help="Folder of the router; replaced if it is one.")],
-    keep: Annotated[float, typer.Option(help="Share of own queries to keep from the base.")] = 0.95,
-    top: Annotated[int, typer.Option(help="Most adapters in one mix.")] = 2,
-    encoder: Annotated[str, typer.Option(help="auto, ngrams or minilm.")] = "auto",
-) -> None:
-    """Fit a router from labelled rows; rows of no adapter teach it what to leave to the base."""
-    from loramix.route.abstain import background
-    from loramix.route.gate import GateRouter
-
-    if out.exists() and not (out / "router.json").is_file():
-        raise BadRequest(f"{out} exists and is no router; name another folder.")
-    examples: dict[str, list[str]] = {}
-    for row in read_labelled(data):
-        if len(row.routes) > 1:
-            raise BadRequest(f"{_short(row.text)} has several routes; fit needs rows of one.")
-        examples.setdefault("".join(row.routes), []).append(row.text)
-    foreign = [*background(), *examples.pop("", [])]
-    with notice("Fitting the router ..."):
-        fitted = GateRouter.fit(
-            examples, encoder=open_encoder(encoder), keep=keep, top=top, foreign=foreign
-        )
-        fitted.save(out)
-    typer.echo(f"Fitted {out} to {', '.join(fitted.adapters)}.", err=True)
+route.command()(flags(fit))
+route.command()(flags(calibrate))
 
 
 @route.command("suggest")

@@ -45,7 +45,7 @@ from loramix.route.halves import Halves, cut
 from loramix.route.learn import calibrate, fit_gate, store
 from loramix.route.neighbours import Neighbours
 from loramix.route.ngrams import Floats, NgramEncoder, words
-from loramix.route.reasons import information, nearest, quoted, strongest
+from loramix.route.reasons import information, nearest, quoted, seam, strongest, verdict
 from loramix.route.rows import Batch, Rows, collect, read
 from loramix.route.softmax import log_softmax
 from loramix.route.turns import follow, user_turns
@@ -70,6 +70,7 @@ class GateRouter:
     ngrams: NgramEncoder
     encoder: Encoder | None  # None: n-grams alone
     top: int = 2  # most adapters in one mix
+    fades: bool = False  # weights sum to 1 - P(none), but where each half has an adapter of its own
 
     @classmethod
     def fit(
@@ -145,27 +146,40 @@ class GateRouter:
             raise UnknownAdapter(name, self.adapters)
         return self.refitted({k: v for k, v in self.examples.items() if k != name})
 
-    def tuned(self, fresh: Mapping[str, Sequence[str]]) -> GateRouter:
+    def tuned(self, fresh: Mapping[str, Sequence[str]], *, keep: float | None = None) -> GateRouter:
         """The same gate with the thresholds of some adapters set by queries it has not learned.
 
-        For adapters whose stored examples are not quite what users will ask. A share `keep` of
-        such queries then stays; they are not stored, so a refit sets thresholds without them.
-        Raises UnknownAdapter, and RouteError for too few queries to know that share.
+        For adapters whose stored examples are not quite what users will ask, or of which another
+        share is to stay: `keep` of such queries does (default: as of all). They are not stored, so
+        a refit sets thresholds without them. Raises UnknownAdapter, and RouteError for too few
+        queries to know that share.
         """
-        thresholds = dict(zip(self.adapters, self.abstain.thresholds, strict=True))
+        share, thresholds = _share("keep", self.keep if keep is None else keep), {}
         for name, queries in fresh.items():
-            if name not in thresholds:
-                raise UnknownAdapter(name, self.adapters)
-            batch = read(queries, self.ngrams, self.encoder)
-            scores = self.abstain.scores(look(batch, self.gate, self.neighbours))
-            if not enough(scores, self.keep):
+            scores = self.abstain.of_signs(self._signs(queries))
+            if not enough(scores, share):
                 raise RouteError(
-                    f"{len(queries)} queries are too few to keep {self.keep:.1%} of {name!r}'s; "
-                    f"give at least {math.ceil(1 / (1 - self.keep)) - 1}."
+                    f"{len(queries)} queries are too few to keep {share:.1%} of {name!r}'s; "
+                    f"give at least {math.ceil(1 / (1 - share)) - 1}."
                 )
-            thresholds[name] = conformal(scores, self.keep)
-        abstain = replace(self.abstain, thresholds=tuple(thresholds.values()))
-        return replace(self, abstain=abstain)
+            thresholds[name] = conformal(scores, share)
+        return self.with_thresholds(thresholds)
+
+    def with_thresholds(self, given: Mapping[str, float]) -> GateRouter:
+        """The same gate with the least in-scope score of some adapters. Raises UnknownAdapter."""
+        known = dict(zip(self.adapters, self.abstain.thresholds, strict=True))
+        if unknown := sorted(given.keys() - known.keys()):
+            raise UnknownAdapter(unknown[0], self.adapters)
+        thresholds = tuple((known | dict(given)).values())
+        return replace(self, abstain=replace(self.abstain, thresholds=thresholds))
+
+    def stays(self, queries: Sequence[str]) -> float:
+        """The share of queries that are not left to the base, each taken as one skill."""
+        evidence = look(read(queries, self.ngrams, self.encoder), self.gate, self.neighbours)
+        winners = evidence.log_probs[:, :-1].argmax(axis=1)
+        return float(
+            np.mean(self.abstain.scores(evidence) >= np.asarray(self.abstain.thresholds)[winners])
+        )
 
     def calibrated(
         self,
@@ -210,7 +224,8 @@ class GateRouter:
     def refitted(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
         """The same settings for other examples; the background, under "", is among them."""
         rows = self._collected(examples)
-        return self._fitted(rows, self.ngrams, self.encoder, self.keep, self.top)
+        fitted = self._fitted(rows, self.ngrams, self.encoder, self.keep, self.top)
+        return replace(fitted, fades=self.fades)
 
     def rows(self) -> Rows:
         """All it was fitted from, numbered."""
@@ -258,12 +273,15 @@ class GateRouter:
         probabilities = self._probabilities(evidence)[0]
         near = nearest(self.neighbours, self.adapters, cosines[0])
         strong = strongest(self.gate, self.ngrams, query, winner)
-        mix, why = Mix(), self._verdict(score, threshold, winner, fits)
+        mix, why = Mix(), verdict(self.adapters[winner], score, threshold, self.keep)
         if two := self._two(query, evidence.log_probs[0], tokens):
             mix, why = two
         elif fits:
             scores = log_probs.tolist()
-            mix = to_mix(scores, self.adapters, top=self.top, temperature=MIX_TEMPERATURE)
+            strength = float(1 - probabilities[-1]) if self.fades else 1.0
+            mix = to_mix(
+                scores, self.adapters, top=self.top, temperature=MIX_TEMPERATURE, strength=strength
+            )
         return Decision(
             mix=mix,
             scores=dict(zip(self.adapters, probabilities[:-1].tolist(), strict=True)),
@@ -307,20 +325,11 @@ class GateRouter:
             return None
         names = [self.adapters[i] for i in halves.adapters]
         mix = to_mix(halves.log_probs, names, top=self.top, temperature=MIX_TEMPERATURE)
-        return mix, _seam(names, halves.parts)
+        return mix, seam(names, halves.parts)
 
     def _in_scope(self, halves: Halves) -> bool:
         scores = self.abstain.scores(look(halves.batch, self.gate, self.neighbours))
         return all(scores >= [self.abstain.thresholds[i] for i in halves.adapters])
-
-    def _verdict(self, score: float, threshold: float, winner: int, fits: bool) -> str:
-        """Why the base or not: the in-scope score, in log-odds, against the winner's threshold."""
-        name = self.adapters[winner]
-        choice, verb = (name, "reaches") if fits else ("base", "is below")
-        return (
-            f"{choice}: in-scope score {score:.2f} {verb} {threshold:.2f}, "
-            f"the least of {self.keep:.1%} of {name}'s own queries"
-        )
 
     def _probabilities(self, evidence: Evidence) -> Floats:
         """[N, K + 1]: of each adapter, and last of none; they sum to one."""
@@ -342,8 +351,3 @@ def _share(name: str, value: float) -> float:
     if not 0 < value < 1:
         raise RouteError(f"{name} is a share between 0 and 1; got {value}.")
     return value
-
-
-def _seam(names: Sequence[str], parts: Sequence[str]) -> str:
-    found = zip(names, parts, strict=True)
-    return "two skills: " + " and ".join(f"{name} in {quoted(part)}" for name, part in found)

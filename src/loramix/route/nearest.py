@@ -23,7 +23,7 @@ from loramix.route.blend import place
 from loramix.route.gate import MIX_TEMPERATURE, GateRouter
 from loramix.route.neighbours import best
 from loramix.route.ngrams import Floats, Ints, words
-from loramix.route.reasons import nearest
+from loramix.route.reasons import nearest, quoted, verdict
 from loramix.route.rows import Batch, read
 from loramix.route.turns import follow, user_turns
 
@@ -91,15 +91,14 @@ class NearestRouter:
         score, least = float(self._scores(cosines)[0]), self.abstain.thresholds[winner]
         fits = score >= least
         near = nearest(self.stored.neighbours, self.adapters, cosines[0])
-        name, verb = (self.adapters[winner], "reaches") if fits else ("base", "is below")
         shares = (np.exp(votes) * (1 - none)).tolist()
         return Decision(
             mix=self._mix(votes) if fits else Mix(),
             scores=dict(zip(self.adapters, shares, strict=True)),
             none=none,
             reasons=(
-                f"{name}: in-scope score {score:.2f} {verb} {least:.2f}",
-                *(f"near {n.cosine:.2f} {n.adapter}: {n.text[:80]!r}" for n in near),
+                verdict(self.adapters[winner], score, least, self.stored.keep),
+                *(f"near {n.cosine:.2f} {n.adapter}: {quoted(n.text)}" for n in near),
             ),
             latency_ms=0.0,
             nearest=near,

@@ -48,6 +48,21 @@ def information(gate: Gate, ngrams: NgramEncoder, text: str) -> float:
     return float((idf - 1).sum())
 
 
+def verdict(name: str, score: float, threshold: float, keep: float) -> str:
+    """Why the base or not: the in-scope score, in log-odds, against the winner's threshold."""
+    choice, verb = (name, "reaches") if score >= threshold else ("base", "is below")
+    return (
+        f"{choice}: in-scope score {score:.2f} {verb} {threshold:.2f}, "
+        f"the least of {keep:.1%} of {name}'s own queries"
+    )
+
+
+def seam(names: Sequence[str], parts: Sequence[str]) -> str:
+    """Why two adapters: which part of the query is whose."""
+    found = zip(names, parts, strict=True)
+    return "two skills: " + " and ".join(f"{name} in {quoted(part)}" for name, part in found)
+
+
 def quoted(text: str, width: int = 80) -> str:
     flat = " ".join(text.split())
     return repr(flat if len(flat) <= width else flat[: width - 3] + "...")

@@ -68,6 +68,7 @@ def _facts(router: GateRouter) -> dict[str, Any]:
         "adapters": list(router.adapters),
         "examples": {name: len(texts) for name, texts in router.examples.items() if name},
         "top": router.top,
+        "fades": router.fades,
         "blend": asdict(router.gate.blend),
         "abstain": {
             "weights": list(abstain.weights),
@@ -127,6 +128,7 @@ def _router(
         ngrams=_ngrams(facts),
         encoder=encoder,
         top=int(facts["top"]),
+        fades=facts.get("fades", False),
     )
 
 

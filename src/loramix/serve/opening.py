@@ -70,6 +70,7 @@ def open_service(settings: Settings, *, insecure: bool = False) -> Service:
         insecure=insecure,
         limits=settings.limits.limits(),
         training=_training(settings, url, model.engine.base),
+        reopened=settings.router.reopened,
         roots=tuple(Path(root).resolve() for root in settings.roots),
         log_prompts=settings.log_prompts,
         cors=settings.cors,

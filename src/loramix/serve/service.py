@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -19,6 +19,8 @@ from loramix.serve.limits import Limits
 from loramix.serve.meter import Meter
 
 if TYPE_CHECKING:
+    from loramix.library import Library
+    from loramix.route import Router
     from loramix.serve.training import Training
     from loramix.store import Store
 
@@ -61,6 +63,7 @@ class Service:
     limits: Limits = Limits()
     roots: tuple[Path, ...] = ()  # folders from which adapters may be loaded by path
     training: Training | None = None  # None: this server does not train
+    reopened: Callable[[Library], Router] = load_router  # the fitted router, after a refit
     log_prompts: bool = False
     insecure: bool = False  # other machines are let in even without keys
     cors: tuple[str, ...] = ()  # origins whose pages may call
@@ -91,7 +94,7 @@ class Service:
     def reload_router(self) -> None:
         """Route by the library's router as it is now, unless the settings have another."""
         if self.training and self.training.refits and has_router(self.lm.library):
-            self.lm.router = load_router(self.lm.library)
+            self.lm.router = self.reopened(self.lm.library)
 
     @property
     def default_mix(self) -> str:

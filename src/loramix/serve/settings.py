@@ -21,7 +21,13 @@ from loramix.library import Library
 from loramix.lm import ROUTER
 from loramix.mix import Mix, check_name
 from loramix.route import Router
-from loramix.routers import fixed_router, nearest_router, rules_router, spectral_router
+from loramix.routers import (
+    fitted_router,
+    fixed_router,
+    nearest_router,
+    rules_router,
+    spectral_router,
+)
 from loramix.serve import overlays
 from loramix.serve.limits import Limits
 from loramix.serve.shelf import working_library
@@ -109,13 +115,24 @@ class RouterSettings(Section):
     kind: Literal["auto", "none", "fixed", "rules", "nearest", "spectral"] = "auto"
     mix: str | None = None  # of fixed
     file: str | None = None  # of rules
+    thresholds: dict[str, float] = {}  # of auto: least in-scope scores, for some adapters
+    fade: bool | None = None  # of auto: weights shrink with P(none); as it was fitted
+    top: int | None = Field(default=None, ge=1)  # of auto: most adapters in a mix; as fitted
 
     @model_validator(mode="after")
     def _belongs(self) -> Self:
         for name, value, kind in (("mix", self.mix, "fixed"), ("file", self.file, "rules")):
             if (value is None) == (self.kind == kind):
                 raise ValueError(f"kind {kind} needs {name}, and no other kind has it")
+        if self.kind != "auto" and self.changes:
+            raise ValueError(f"only kind auto has {next(iter(self.changes))}")
         return self
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is to replace the fitted router's own settings."""
+        given = {"thresholds": self.thresholds or None, "fades": self.fade, "top": self.top}
+        return {name: value for name, value in given.items() if value is not None}
 
     def opened(self, library: Library) -> bool | Router | Callable[[Base], Router]:
         """As `lm.open` takes it. Raises MixSyntaxError, RouteError."""
@@ -127,7 +144,13 @@ class RouterSettings(Section):
             return nearest_router(library.folder / ROUTER)
         if self.kind == "spectral":
             return partial(spectral_router, library)
+        if self.changes:
+            return self.reopened(library)
         return self.kind == "auto"
+
+    def reopened(self, library: Library) -> Router:
+        """The library's fitted router as it is now, under these settings. Raises RouteError."""
+        return fitted_router(library, **self.changes)
 
 
 class EngineSettings(Section):
