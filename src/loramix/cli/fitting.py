@@ -33,7 +33,6 @@ Rows = Annotated[
     Path, typer.Argument(help='Lines like {"text": "...", "route": "sql"}; null for the base.')
 ]
 Out = Annotated[Path, Option(help="Folder of the router; replaced if it is one.")]
-Each = Annotated[list[str] | None, Option(metavar="NAME=NUMBER")]
 
 
 def fit(
@@ -97,8 +96,14 @@ def calibrate(
     oos_recall: Annotated[
         float | None, Option(help="Share of the rows of nobody that must go to the base.")
     ] = None,
-    keep_of: Annotated[Each, Option(help="The share of one adapter; repeatable.")] = None,
-    threshold: Annotated[Each, Option(help="Least in-scope score of one adapter.")] = None,
+    keep_of: Annotated[
+        list[str] | None,
+        Option(metavar="NAME=SHARE", help="The share of one adapter; repeatable."),
+    ] = None,
+    threshold: Annotated[
+        list[str] | None,
+        Option(metavar="NAME=SCORE", help="Least in-scope score of one adapter; repeatable."),
+    ] = None,
 ) -> None:
     """Set what a router leaves to the base by rows it has not learned, and say what is reached."""
     from loramix.route.gate import GateRouter
