@@ -91,9 +91,10 @@ def eval_(
     base = partial(open_base, where, machine)
     first = open_router(router, where.shelf, base)
     second = open_router(compare, where.shelf, base) if compare else None
+    known = {*where.shelf.names(), *first.adapters, *(second.adapters if second else ())}
     with notice(f"Routing {len(rows)} rows ..."):
-        verdicts = judge(first, rows)
-        others = judge(second, rows) if second else None
+        verdicts = judge(first, rows, known)
+        others = judge(second, rows, known) if second else None
     found = report(verdicts)
     gain = difference(others, verdicts) if others else None
     if html:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -113,16 +113,21 @@ class Report:
     p95_ms: float
 
 
-def judge(router: Router, rows: Sequence[Row]) -> list[Verdict]:
-    """Route every row, one after another. BadRequest for a label the router cannot choose."""
+def judge(
+    router: Router, rows: Sequence[Row], known: Collection[str] | None = None
+) -> list[Verdict]:
+    """Route every row, one after another. BadRequest for a label that is not known.
+
+    What the router can choose is known, unless something else is said to be.
+    """
     if not rows:
         raise BadRequest("No rows to evaluate on; expected one labelled query at least.")
-    known = {*router.adapters}
+    sound = frozenset(router.adapters if known is None else known)
     for row in rows:
-        if strange := sorted(row.routes - known):
+        if strange := sorted(row.routes - sound):
             raise BadRequest(
                 f"A row is labelled {strange[0]!r}, which the router cannot choose; it knows "
-                f"{', '.join(sorted(known))}."
+                f"{', '.join(sorted(sound))}."
             )
     return [_timed(router, row) for row in rows]
 
