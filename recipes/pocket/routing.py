@@ -70,7 +70,11 @@ def write_rows(data: Path, out: Path, count: int) -> None:
     answered.jsonl has `count` others of each task with their answers; train.jsonl four times those.
     """
     rng = random.Random(5)
-    learned = [{"text": t, "route": n} for n in TASKS for t in queries(n, data)[: 4 * count]]
+    learned = [
+        {"text": text, "route": name}
+        for name in TASKS
+        for text in filter(str.isprintable, queries(name, data)[: 4 * count])
+    ]
     labelled = [{"text": text, "route": None} for text in foreign(data)[: 2 * count]]
     answered = []
     for name in TASKS:

@@ -35,22 +35,20 @@ from loramix.route.softmax import log_softmax
 from loramix.route.turns import user_turns
 
 GENERIC = 200  # queries that show what is usual
-LEFT = 0.9  # share of them that must be left to the base
 
 
 @dataclass(frozen=True, eq=False)
 class SpectralRouter:
     """The adapter whose directions the query excites most, beyond what any query does.
 
-    It reads the last user turn by itself, in one pass of the bare base. `none` is the share of
-    generic queries that excite some adapter as much: a rank, no probability.
+    It reads the last user turn by itself, in one pass of the bare base, and always names an
+    adapter: what it hears of its adapters' own queries is no stronger than of strangers'.
     """
 
     adapters: tuple[str, ...]
     ear: Ear
     mean: Floats  # [L, K] of the generic queries' energies
     scale: Floats  # [L, K]
-    generic: Floats  # [GENERIC] the best adapter's score of each, ascending
     top: int = 1
 
     @classmethod
@@ -62,38 +60,32 @@ class SpectralRouter:
         texts = background()[:: len(background()) // GENERIC][:GENERIC]
         heard = np.stack([ear.energies(text) for text in texts])
         names = tuple(adapter.name for adapter in adapters)
-        plain = cls(names, ear, heard.mean(0), heard.std(0) + 1e-6, np.zeros(0, np.float32), top)
-        generic = np.sort([plain.excitement(each).max() for each in heard])
-        return cls(names, ear, plain.mean, plain.scale, generic.astype(np.float32), top)
-
-    def excitement(self, energies: Floats) -> Floats:
-        """Deviations from the usual, over the layers an adapter has, [L, K] -> [K]."""
-        return cast(Floats, np.nanmean((energies - self.mean) / self.scale, axis=0))
+        return cls(names, ear, heard.mean(0), heard.std(0) + 1e-6, top)
 
     def scores(self, queries: Sequence[str]) -> list[list[float]]:
         """Standard deviations above the usual, each adapter's mean over its layers."""
-        return [self.excitement(self.ear.energies(query)).tolist() for query in queries]
+        return [self._excitement(query).tolist() for query in queries]
 
     def route(self, messages: Sequence[Message]) -> Decision:
-        """The base where no adapter is excited as few generic queries excite one. RouteError."""
+        """The likeliest adapters, never the base. Raises RouteError."""
         started = time.perf_counter()
-        found = self.excitement(self.ear.energies(user_turns(messages)[-1]))
-        least, score = float(np.quantile(self.generic, LEFT)), float(found.max())
-        none = float(np.mean(self.generic >= score))
-        shares = np.exp(log_softmax(found)) * (1 - none)
-        verb, fits = ("reaches", True) if score >= least else ("is below", False)
-        name = self.adapters[int(found.argmax())]
-        mix = to_mix(found.tolist(), self.adapters, top=self.top, temperature=1.0)
+        found = self._excitement(user_turns(messages)[-1])
+        best = int(found.argmax())
         return Decision(
-            mix=mix if fits else type(mix)(),
-            scores=dict(zip(self.adapters, shares.tolist(), strict=True)),
-            none=none,
+            mix=to_mix(found.tolist(), self.adapters, top=self.top, temperature=1.0),
+            scores=dict(zip(self.adapters, np.exp(log_softmax(found)).tolist(), strict=True)),
+            none=0.0,
             reasons=(
-                f"{name if fits else 'base'}: {score:.2f} deviations of {name} {verb} {least:.2f}, "
-                f"which {LEFT:.0%} of generic queries stay below",
+                f"{self.adapters[best]}: its directions are excited {found[best]:.2f} deviations "
+                "more than by generic queries",
             ),
             latency_ms=(time.perf_counter() - started) * 1e3,
         )
+
+    def _excitement(self, query: str) -> Floats:
+        """[K]"""
+        deviations = (self.ear.energies(query) - self.mean) / self.scale
+        return cast(Floats, np.nanmean(deviations, axis=0))
 
 
 class Ear:
