@@ -11,6 +11,7 @@ import pytest
 
 from loramix.cli import main
 from loramix.errors import AdapterError, TrainError
+from loramix.formats.readme import describe, render
 from loramix.jobs import gather, learn, open_planned
 from loramix.library import Library
 from loramix.lm import has_router, load_router
@@ -51,7 +52,7 @@ def planned(base, *changes):
 
 
 def test_two_experts_are_learned_kept_routed_to_and_judged(place, saved_base):
-    plan, said = planned(saved_base, "plot_loss=true"), []
+    plan, said = planned(saved_base, "plot_loss=true", "report_to=tensorboard"), []
     base = open_planned(plan)
     outcome = learn(plan, base, gather(plan, base), report=said.append)
     shelf = Library(place / "library")
@@ -70,6 +71,10 @@ def test_two_experts_are_learned_kept_routed_to_and_judged(place, saved_base):
     lines = {"current_steps", "total_steps", "epoch", "percentage", "elapsed_time"}
     assert all(lines <= entry.keys() for entry in log)
     assert "</svg>" in (place / "build/experts/loss.svg").read_text()
+    assert {run.name for run in (place / "build/experts/runs").iterdir()} == {"colours", "sounds"}
+    shown = render(describe(shelf.path("sounds")))
+    assert "](loss.svg)" in shown
+    assert "| data | sounds.jsonl |" in shown
     with pytest.raises(AdapterError, match="has colours, sounds already"):
         learn(plan, base, gather(plan, base))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from loramix.adapter import Adapter, Card
 from loramix.base import Base, open_base
 from loramix.chat import Example, Message
 from loramix.errors import AdapterError
+from loramix.formats.folder import PLOT, TRAINING
 from loramix.library import Library
 from loramix.lm import ROUTER, has_router, own_library
 from loramix.mix import Mix
 from loramix.route.gate import GateRouter
+from loramix.train.board import Board
 from loramix.train.checkpoint import found
 from loramix.train.data import Row
 from loramix.train.dataset import (
@@ -22,18 +25,21 @@ from loramix.train.dataset import (
     Sample,
     accepted,
     load,
+    load_hub,
     load_named,
     split,
     to_rows,
 )
 from loramix.train.files import Problem
-from loramix.train.learner import Course
-from loramix.train.log import TrainerLog, entries, loss_plot
+from loramix.train.learner import Course, account
+from loramix.train.log import TrainerLog, entries
 from loramix.train.loop import Progress, train
 from loramix.train.measure import mean_loss
+from loramix.train.plot import check_plots, loss_plot
+from loramix.train.processes import Processes
 from loramix.train.recipe import ExpertPlan, Plan, Source
 
-LOG, PLOT = "trainer_log.jsonl", "loss.svg"
+LOG = "trainer_log.jsonl"
 EXAMPLES = 3  # queries that a card shows
 
 
@@ -107,30 +113,63 @@ def learn(
         check_names(plan, shelf)
         if plan.overwrite:
             _forget(plan.output)
-    log = TrainerLog(plan.output / LOG, every=plan.log_every)
-
-    def told(progress: Progress) -> None:
-        log(progress)
-        report(progress)
-
+    plan.run.processes.wait()
     courses = [_course(material, base) for material in materials]
-    adapters = train(base, courses, plan.run, told)
+    with _followed(plan, report) as told:
+        adapters = train(base, courses, plan.run, told)
     tell("Fitting the router ...")
     router = _router(shelf, materials) if plan.fit_router else None
     tell("Judging ...")
     judged = [_judged(base, m, adapters, router) for m in materials if m.validation]
     scores = {one.name: one for one in judged}
-    for adapter in adapters:
+    log = entries(plan.output / LOG)
+    for adapter, course, material in zip(adapters, courses, materials, strict=True):
         mine = plan.overwrite or (resume and _is_there(adapter, shelf))
-        shelf.put(_scored(adapter, scores.get(adapter.name)), replace=mine)
+        beside = {TRAINING: account(course, str(material.plan.source))}
+        if plan.plot:
+            beside[PLOT] = loss_plot([e for e in log if e["expert"] == adapter.name])
+        shelf.put(_scored(adapter, scores.get(adapter.name)), replace=mine, beside=beside)
     notes = []
     if router:
         router.save(shelf.folder / ROUTER)
     elif plan.fit_router:
         notes.append("The router was not fitted: these rows ask nothing.")
     if plan.plot:
-        (plan.output / PLOT).write_text(loss_plot(entries(plan.output / LOG)), encoding="utf-8")
+        (plan.output / PLOT).write_text(loss_plot(log), encoding="utf-8")
     return Outcome(adapters, shelf, judged, notes)
+
+
+@contextmanager
+def _followed(
+    plan: Plan, report: Callable[[Progress], None]
+) -> Iterator[Callable[[Progress], None]]:
+    """Where each step is told: the log, TensorBoard if it is asked for, and the caller."""
+    if plan.plot:
+        check_plots()
+    log = TrainerLog(plan.output / LOG, every=plan.log_every)
+    board = Board(plan.board, every=plan.log_every) if plan.board else None
+    listeners: list[Callable[[Progress], None]] = [log, report]
+    if board:
+        listeners.insert(1, board)
+
+    def told(progress: Progress) -> None:
+        for listener in listeners:
+            listener(progress)
+
+    try:
+        yield told
+    finally:
+        if board:
+            board.close()
+
+
+def assist(plan: Plan, processes: Processes) -> None:
+    """Be one of the other processes of a run: compute a part of each step, and write nothing."""
+    base = open_planned(plan)
+    materials = gather(plan, base)
+    processes.wait()  # until the first one has emptied the folder of a run that begins anew
+    courses = [_course(material, base) for material in materials]
+    train(base, courses, replace(plan.run, processes=processes))
 
 
 def open_planned(plan: Plan) -> Base:
@@ -151,6 +190,7 @@ def _material(plan: Plan, expert: ExpertPlan, base: Base) -> Material:
         checked = accepted(other, str(expert.validation), max_bad=plan.max_bad)
         validation: Sequence[Sample] = [_with_system(s, plan.system) for s in checked]
         problems += other.problems
+        notes += other.notes
     else:
         learned, validation = split(samples, expert.val_size, expert.settings.seed)
         if expert.val_size and not validation:
@@ -166,6 +206,8 @@ def _material(plan: Plan, expert: ExpertPlan, base: Base) -> Material:
 def _read(source: Source, max_rows: int | None) -> Loaded:
     if source.file is not None:
         return load(source.file, max_rows=max_rows)
+    if source.hub:
+        return load_hub(source.hub, max_rows=max_rows)
     return load_named(source.names, source.folder, max_rows=max_rows)
 
 

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
@@ -155,8 +156,17 @@ class Library:
             report=report,
         )
 
-    def put(self, adapter: Adapter, *, replace: bool = False) -> None:
-        """Write an adapter that is already in memory, with its card, whole or not at all."""
+    def put(
+        self,
+        adapter: Adapter,
+        *,
+        replace: bool = False,
+        beside: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Write an adapter that is already in memory, with its card, whole or not at all.
+
+        `beside` are texts by file name that lie in its folder too.
+        """
         from loramix.formats import peft
 
         check_name(adapter.name)
@@ -169,6 +179,8 @@ class Library:
         with aside(self.folder / adapter.name, replace=replace) as place:
             peft.write(adapter, place)
             write_card(adapter.card, place)
+            for name, text in beside.items():
+                (place / name).write_text(text, encoding="utf-8")
 
     def remove(self, name: str) -> None:
         """Delete an adapter; UnknownAdapter if there is none of this name."""

@@ -1,5 +1,6 @@
 """Detached trainings: real processes, stopped, killed and resumed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -104,6 +105,58 @@ def test_stopped_killed_and_resumed_it_ends_bit_identical(place, capsys):
     assert main(["jobs", "delete", id]) == 0
     assert not any((place / "own" / "jobs").iterdir())
     assert main(["jobs", "show", id]) == 1
+
+
+def helper_of(pid):
+    """The other process of a job of two."""
+    for _ in range(200):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for child in map(int, children):
+            with contextlib.suppress(FileNotFoundError):
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return child
+        time.sleep(0.1)
+    raise AssertionError("it has no other process")
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes_is_stopped_killed_and_resumed(place, capsys):
+    assert main([*words("whole"), "processes=2"]) == 0
+    assert main([*words("cut"), "processes=2", "--detach"]) == 0
+    id = capsys.readouterr().out.strip().splitlines()[-1]
+    job = wait(capsys, id, has_checkpoint(place, "cut"))
+    helper = helper_of(job["pid"])
+    assert main(["jobs", "stop", id]) == 0
+    assert "is stopped" in capsys.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(helper, 0)
+    assert main(["jobs", "resume", id]) == 0
+    job = wait(capsys, id, lambda job: job["pid"] is not None)
+    os.kill(helper_of(job["pid"]), signal.SIGKILL)
+    lost = wait(capsys, id, lambda job: is_over(job) and job["state"] != "stopped")
+    assert lost["state"] == "failed"
+    assert "was ended by signal 9; the run goes on from its newest checkpoint" in lost["error"]
+    assert main(["jobs", "resume", id]) == 0
+    job = wait(capsys, id, lambda job: job["pid"] is not None)
+    helper = helper_of(job["pid"])
+    os.kill(job["pid"], signal.SIGKILL)
+    wait(capsys, id, is_over)
+    wait_gone(helper)
+    assert main(["jobs", "resume", id]) == 0
+    assert main(["jobs", "logs", id, "--follow"]) == 0
+    capsys.readouterr()
+    assert shown(capsys, id)["state"] == "done"
+    assert same(trained(place, "cut"), trained(place, "whole"))
+
+
+def wait_gone(pid):
+    for _ in range(200):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{pid} lives on")
 
 
 def test_a_job_that_fails_says_why(place, capsys):

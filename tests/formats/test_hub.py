@@ -69,6 +69,10 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self):
             self.answer(body=True)
 
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.answer(body=True)
+
         def do_HEAD(self):
             self.answer(body=False)
 
@@ -110,7 +114,7 @@ def route(hub: Hub, path: str, token: str | None) -> tuple[int, dict[str, str], 
 
 def listing(hub: Hub, path: str) -> bytes:
     """The files of a repository, as the tree or as the model's page lists them."""
-    if "/tree/" in path:
+    if "/tree/" in path or "/paths-info/" in path:
         return json.dumps(
             [
                 {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}

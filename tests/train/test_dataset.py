@@ -143,9 +143,11 @@ def test_named_columns_switch_the_others_off_as_in_llama_factory_and_it_is_said(
         ({"file_name": "a.json", "columns": {"kto_tag": "label"}}, "kto_tag"),
         ({"file_name": "a.json", "formatting": "chatml"}, "formatting 'chatml'"),
         ({"file_name": "a.json", "columns": {"prompt": "a", "query": "b"}}, "prompt and response"),
-        ({"hf_hub_url": "somebody/data"}, "on a hub; download it"),
+        ({"ms_hub_url": "somebody/data"}, "neither hf_hub_url nor file_name; download it"),
+        ({"hf_hub_url": "somebody"}, "is no hub id"),
+        ({"hf_hub_url": ["a/b"]}, "hf_hub_url of the dataset .* expected text"),
         ({"file_name": "a.json"}, "a.json does not exist"),
-        ({"file_name": 3}, "on a hub"),
+        ({"file_name": 3}, "file_name of the dataset .* is 3; expected text"),
     ],
 )
 def test_an_entry_that_cannot_be_learned_is_refused(entry, expected, tmp_path):

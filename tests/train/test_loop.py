@@ -76,7 +76,7 @@ def test_a_fresh_expert_is_the_base_and_a_finished_one_is_served_as_it_was_learn
     one = course(base, "x", settings=settings)
     bare = served_loss(base, Adapter("x", {}, "", Card("x")), one.validation)
     mixed = MixedModel(base.model)
-    assert validation_loss(mixed, Learner(one, mixed)) == pytest.approx(bare, rel=1e-5)
+    assert validation_loss(mixed, Learner(one, mixed), Run()) == pytest.approx(bare, rel=1e-5)
     mixed.release()
     (expert,) = train(base, [one], report=seen.append)
     best = min(p.validation for p in seen if p.validation is not None)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +16,10 @@ from typer import Option
 
 from loramix.cli.opening import hush, import_quickly, no_collection, notice
 from loramix.cli.printing import print_table
-from loramix.errors import BadRequest, TrainError
+from loramix.errors import BadRequest
 from loramix.lm import own_library
+from loramix.train.plot import CAN_PLOT
+from loramix.train.processes import num_launched
 from loramix.train.recipe import Plan, plan, read_plan
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ SMALL = {
     "disable_gradient_checkpointing": True,
     "save_strategy": "epoch",
     "cutoff_len": 1024,
-    "plot_loss": True,
+    "plot_loss": CAN_PLOT,
     "seed": 0,
 }
 Words = Annotated[
@@ -61,7 +63,8 @@ def train(
     ] = False,
 ) -> None:
     """Train one or several experts in one pass, then fit the router and compare."""
-    _check_alone()
+    if detach and num_launched() > 1:
+        raise BadRequest("--detach under a launcher would begin a job each; use processes=N.")
     found = planned(words or [], data, name, base, library)
     if not detach:
         work(found, dry_run=dry_run, preview=preview)
@@ -75,16 +78,6 @@ def train(
         ", ".join(expert.name for expert in found.experts),
         {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()},
     )
-
-
-def _check_alone() -> None:
-    """TrainError under torchrun or `accelerate launch`: each process would train everything."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1":
-        raise TrainError(
-            f"This was started as one of {size} processes (WORLD_SIZE); one process trains all "
-            f"experts. Start `loramix train` itself, without torchrun or accelerate."
-        )
 
 
 def planned(
@@ -108,6 +101,20 @@ def work(
     `feed` is told what the terminal is, for those who follow from elsewhere.
     """
     hush(bars=sys.stderr.isatty() and found.base != "pocket")
+    from loramix.jobs import assist
+    from loramix.train.processes import together
+
+    with together(1 if dry_run else found.processes, partial(assist, found)) as processes:
+        if processes.is_first:
+            own = replace(found, run=replace(found.run, processes=processes))
+            _lead(own, dry_run=dry_run, preview=preview, resume=resume, feed=feed)
+        elif not dry_run:  # one of those that a launcher began
+            with _stopping(alone=False) as stopped:
+                assist(replace(found, run=replace(found.run, stopped=stopped)), processes)
+
+
+def _lead(found: Plan, *, dry_run: bool, preview: int, resume: bool, feed: Feed | None) -> None:
+    """What the only process of a run does, or the first of several."""
     from loramix.jobs import gather, learn, open_planned
     from loramix.train.memory import estimate, num_trained
 
@@ -127,7 +134,8 @@ def work(
     if dry_run:
         _print_plan(found, materials, [num_trained(opened, one) for one in settings])
         return
-    with _stopping() as stopped, _bars() as shown:
+    alone = found.run.processes.count == 1
+    with _stopping(alone=alone) as stopped, _bars() as shown:
         run = replace(found.run, stopped=stopped)
         report, tell = _told(shown, feed)
         outcome = learn(replace(found, run=run), opened, materials, report, tell, resume=resume)
@@ -248,13 +256,17 @@ def _cells(one: Judged) -> tuple[str, ...]:
 
 
 @contextmanager
-def _stopping() -> Iterator[Any]:
-    """Whether the first Ctrl-C or SIGTERM came: then a checkpoint is written. The second kills."""
+def _stopping(*, alone: bool) -> Iterator[Any]:
+    """Whether the first Ctrl-C or SIGTERM came: then a checkpoint is written. The second kills.
+
+    Not beside other processes: a launcher hands on what the terminal has sent them already.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
         asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if alone:
+            signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -9,6 +9,7 @@ from loramix.errors import FormatError
 CARD = "card.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TRAINING, PLOT = "training.json", "loss.svg"  # how an expert was learned
 SAFE = (WEIGHTS, "adapters.safetensors")  # PEFT, MLX
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
 RECIPE = "merge.json"  # beside the weights of what was merged

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from loramix.errors import AdapterError
+from loramix.errors import AdapterError, LoramixError
 
 # Its config and its weights, nothing of a base or of checkpoints that may lie in the repository.
 FILES = ("adapter_config.json", "adapter_model.*", "adapters.safetensors", "card.json")
@@ -24,34 +25,42 @@ def fetch(id: str, revision: str | None = None, *, files: Sequence[str] = FILES)
     HF_TOKEN opens gated and private repositories, HF_HUB_OFFLINE keeps to what is cached.
     Raises AdapterError.
     """
-    from huggingface_hub import errors, snapshot_download
-
-    # Of the httpx that the hub's client uses, which differs from version to version.
-    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub import snapshot_download
 
     if not is_hub_id(id):
         raise AdapterError(f"{id!r} is no hub id; expected owner/name, or a folder that exists.")
+    with explained(id, revision, AdapterError):
+        return Path(snapshot_download(id, revision=revision, allow_patterns=list(files)))
+
+
+@contextmanager
+def explained(id: str, revision: str | None, kind: type[LoramixError]) -> Iterator[None]:
+    """Whatever goes wrong with a repository of the hub becomes an error of this kind, one line."""
+    from huggingface_hub import errors
+
+    # Of the httpx that the hub's client uses, which differs from version to version.
+    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     at = f"{id} at {revision}" if revision else id
     try:
-        return Path(snapshot_download(id, revision=revision, allow_patterns=list(files)))
+        yield
     except errors.GatedRepoError as error:
         message = (
             f"{id} is gated: accept its terms on the hub and set HF_TOKEN to a token that may."
         )
-        raise AdapterError(message) from error
+        raise kind(message) from error
     except errors.RepositoryNotFoundError as error:
         message = f"The hub has no {id}; check the spelling, or set HF_TOKEN if it is private."
-        raise AdapterError(message) from error
+        raise kind(message) from error
     except errors.RevisionNotFoundError as error:
-        raise AdapterError(f"{id} has no revision {revision!r}; check it on the hub.") from error
+        raise kind(f"{id} has no revision {revision!r}; check it on the hub.") from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise AdapterError(_unreachable(at, error.__cause__)) from error
+        raise kind(_unreachable(at, error.__cause__)) from error
     except errors.HfHubHTTPError as error:
-        raise AdapterError(_unreachable(at, error)) from error
+        raise kind(_unreachable(at, error)) from error
     except (http_error, OSError, ValueError) as error:
         reason = str(error).split("\n")[0][:120] or type(error).__name__
         message = f"Cannot fetch {at} ({reason}); check the network and try again."
-        raise AdapterError(message) from error
+        raise kind(message) from error
 
 
 def _unreachable(at: str, cause: BaseException | None) -> str:

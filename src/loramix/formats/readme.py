@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from loramix.adapter import Card
 from loramix.errors import FormatError
 from loramix.formats.card import read_card
 from loramix.formats.config import interpret, load_config
-from loramix.formats.folder import CARD, CONFIG, RECIPE, find_weights
+from loramix.formats.folder import CARD, CONFIG, PLOT, RECIPE, TRAINING, find_weights
 from loramix.formats.hub import is_hub_id
 from loramix.mix import slug
 
@@ -42,6 +42,7 @@ class Published:
     evaluations: tuple[Mapping[str, Any], ...] = ()  # as `loramix eval --json` prints them
     rank: int = 0  # the largest of an adapter; 0 if its config does not say
     is_rounded: bool = False  # a model whose layers have few bits each
+    training: Mapping[str, Any] = field(default_factory=dict)  # of an expert that was learned here
 
     @property
     def relation(self) -> str:
@@ -92,7 +93,17 @@ def describe(
     rank = _rank(place) if kind == "adapter" else 0
     evaluations = tuple(_evaluation(file) for file in scores)
     rounded = kind == "model" and "quantization_config" in load_config(place / "config.json")
-    return Published(kind, known, recipe, digests, tuple(datasets), evaluations, rank, rounded)
+    return Published(
+        kind,
+        known,
+        recipe,
+        digests,
+        tuple(datasets),
+        evaluations,
+        rank,
+        rounded,
+        load_config(place / TRAINING) if (place / TRAINING).is_file() else {},
+    )
 
 
 def files(folder: Path) -> list[str]:
@@ -114,6 +125,7 @@ def render(published: Published) -> str:
         _section("Examples", "\n".join(f"- {each}" for each in published.card.examples)),
         _section("Scores", "\n\n".join(_scores(published))),
         _section("Recipe", _recipe(published.recipe)),
+        _section("Training", "\n\n".join(_training(published))),
         _section("Use", "\n\n".join(_uses(published))),
         _section("Provenance", _provenance(published)),
     ]
@@ -204,6 +216,14 @@ def _proof(found: Mapping[str, float | None]) -> str:
     if (alone := found.get("alone")) is not None:
         text += f" Each source alone comes out of this method within {alone:.1e} of itself."
     return text
+
+
+def _training(published: Published) -> Iterator[str]:
+    if PLOT in published.digests:
+        yield f"![Loss of the rows learned and of those held out, by step]({PLOT})"
+    if published.training:
+        told = [(key.replace("_", " "), f"{value}") for key, value in published.training.items()]
+        yield _table(("what", "was"), told)
 
 
 def _uses(published: Published) -> Iterator[str]:

@@ -24,6 +24,8 @@ PATHS = ("data", "eval_data", "dataset_dir")  # keys whose values are read from 
 OWN = {
     "output_dir": "the server keeps checkpoints beside the job",
     "library": "experts go to the server's library",
+    "logging_dir": "TensorBoard's events lie beside the checkpoints",
+    "processes": "a job shares the machine with the server",
 }
 
 

@@ -25,7 +25,7 @@ from loramix.base import Base
 from loramix.errors import TrainError
 from loramix.formats.aside import aside
 from loramix.train.config import Run
-from loramix.train.learner import Course, Learner
+from loramix.train.learner import Course, Learner, rows_digest
 
 TENSORS, STATE = "state.safetensors", "state.json"
 
@@ -100,7 +100,7 @@ def _fingerprint(base: Base, run: Run, learners: Sequence[Learner]) -> str:
     for learner in learners:
         told.update(json.dumps(_settings(learner.course), sort_keys=True).encode())
         for rows in (learner.course.rows, learner.course.validation):
-            told.update(repr([(row.ids, row.learned) for row in rows]).encode())
+            told.update(rows_digest(rows).encode())
     return told.hexdigest()
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loramix.errors import TrainError
+from loramix.train.processes import Processes
 
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
 OPTIMIZERS = ("adamw", "sgd")
@@ -95,6 +96,10 @@ class Settings:
         return self.rate
 
 
+def never() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What the experts of one pass share: how much of them is computed at once, and the folder.
@@ -110,7 +115,8 @@ class Run:
     folder: Path | None = None  # of checkpoints; goes on from the newest if there are any
     save_every: int | None = None  # rounds; None: when an expert is validated, or would be
     keep: int = 2  # newest checkpoints kept
-    stopped: Callable[[], bool] = lambda: False  # asked after every round
+    processes: Processes = field(default_factory=Processes)  # that compute it, each a part
+    stopped: Callable[[], bool] = never  # asked after every round
 
     def __post_init__(self) -> None:
         for name in ("micro_tokens", "micro_rows", "save_every", "keep"):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from loramix.chat import Example
 from loramix.errors import TrainError
 from loramix.train.data import Learned, Row, tokenise
-from loramix.train.files import Problem, read
+from loramix.train.files import Problem, Record, read
+from loramix.train.online import fetch_rows
 from loramix.train.shapes import Shape, Unfit, declared, detect
 
 if TYPE_CHECKING:
@@ -45,9 +46,28 @@ class Loaded:
 
 def load(path: Path, shape: Shape | None = None, *, max_rows: int | None = None) -> Loaded:
     """The rows of a file, in the shape that their columns suggest if none is given."""
+    return _loaded(conversations(path, shape), max_rows)
+
+
+def load_hub(
+    id: str,
+    shape: Shape | None = None,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    max_rows: int | None = None,
+) -> Loaded:
+    """The rows of a dataset on the hub, "owner/name" or "owner/name@revision"."""
+    commit, rows = fetch_rows(id, subset, split)
+    found = _loaded(_samples(rows, id, shape), max_rows)
+    where = f"at commit {commit}" if commit else "from the cache, as the hub is not asked"
+    return Loaded(found.samples, found.problems, [f"{id} ({split}) was read {where}."])
+
+
+def _loaded(rows: Iterable[Sample | Problem], max_rows: int | None) -> Loaded:
     samples: list[Sample] = []
     problems: list[Problem] = []
-    for found in conversations(path, shape):
+    for found in rows:
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -59,7 +79,13 @@ def load(path: Path, shape: Shape | None = None, *, max_rows: int | None = None)
 
 def conversations(path: Path, shape: Shape | None = None) -> Iterator[Sample | Problem]:
     """The rows of a file one by one, each as a sample or as what is wrong with it."""
-    for found in read(path):
+    return _samples(read(path), path.name, shape)
+
+
+def _samples(
+    rows: Iterable[Record | Problem], source: str, shape: Shape | None
+) -> Iterator[Sample | Problem]:
+    for found in rows:
         if isinstance(found, Problem):
             yield found
             continue
@@ -70,7 +96,7 @@ def conversations(path: Path, shape: Shape | None = None) -> Iterator[Sample | P
             if shape is None:
                 raise Unfit(f"a {type(row).__name__}; expected an object with columns")
             example, tools = shape.conversation(row)
-            yield Sample(example, path.name, line, tools)
+            yield Sample(example, source, line, tools)
         except Unfit as error:
             yield Problem(line, str(error))
 
@@ -184,15 +210,32 @@ def registry(folder: Path) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any, folder: Path, max_rows: int | None) -> Loaded:
-    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-        raise TrainError(
-            f"The dataset {name!r} is on a hub; download it into {folder} and give its file_name."
-        )
+    if not isinstance(entry, dict):
+        raise TrainError(f"The dataset {name!r} is no object; expected file_name or hf_hub_url.")
     notes: list[str] = []
     shape = declared(entry, name, notes)
+    limits = [n for n in (max_rows, entry.get("num_samples")) if n is not None]
+    limit = min(limits, default=None)
+    if _text(entry, "hf_hub_url", name):
+        subset, split = _text(entry, "subset", name), _text(entry, "split", name)
+        loaded = load_hub(
+            entry["hf_hub_url"], shape, subset=subset, split=split or "train", max_rows=limit
+        )
+        return Loaded(loaded.samples, loaded.problems, [*notes, *loaded.notes])
+    if not _text(entry, "file_name", name):
+        raise TrainError(
+            f"The dataset {name!r} has neither hf_hub_url nor file_name; download it into {folder} "
+            f"and give its file_name."
+        )
     path = folder / entry["file_name"]
     if not path.exists() and path.with_name(path.name + ".gz").exists():
         path = path.with_name(path.name + ".gz")
-    limits = [n for n in (max_rows, entry.get("num_samples")) if n is not None]
-    loaded = load(path, shape, max_rows=min(limits, default=None))
+    loaded = load(path, shape, max_rows=limit)
     return Loaded(loaded.samples, loaded.problems, notes)
+
+
+def _text(entry: Mapping[str, Any], key: str, name: str) -> str | None:
+    found = entry.get(key)
+    if found is not None and not isinstance(found, str):
+        raise TrainError(f"{key} of the dataset {name!r} is {found!r}; expected text.")
+    return found

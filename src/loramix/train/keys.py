@@ -78,6 +78,9 @@ OF_RUN: dict[str, type] = {
     "save_total_limit": int,
     "logging_steps": float,
     "plot_loss": bool,
+    "report_to": str,
+    "logging_dir": str,
+    "processes": int,
 }
 ALIASES = {"evaluation_strategy": "eval_strategy", "run_name": "name"}
 # what changes nothing here, and why
@@ -92,13 +95,12 @@ PASSED_OVER = {
     "loraplus_lr_embedding": "embeddings are not adapted",
     "per_device_eval_batch_size": "validation rows are batched by length",
     "save_only_model": "checkpoints are always whole, so that a run can be taken up again",
-    "report_to": "progress goes to trainer_log.jsonl",
     "overwrite_cache": "nothing is cached",
     "preprocessing_num_workers": "rows are read by one process",
     "preprocessing_batch_size": "rows are read by one process",
     "dataloader_num_workers": "rows are ready in memory",
     "tokenized_path": "nothing is cached",
-    "ddp_timeout": "one process trains",
+    "ddp_timeout": "torch's own setting holds",
     "tf32": "torch's own setting holds",
     "include_num_input_tokens_seen": "tokens a second are always told",
     "compute_accuracy": "the loss is what is measured",
@@ -113,8 +115,8 @@ PASSED_OVER = {
     "export_size": "adapters are one file",
     "export_device": "nothing is exported",
     "export_legacy_format": "adapters are safetensors",
-    "deepspeed": "one process trains",
-    "fsdp": "one process trains",
+    "deepspeed": "every process holds the whole base",
+    "fsdp": "every process holds the whole base",
 }
 # what is refused unless it has one of these values, and why
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +40,28 @@ class Course:
             raise TrainError(
                 f"{self.card.name!r} is to stop early but has no validation rows; split some off."
             )
+
+
+def account(course: Course, source: str) -> str:
+    """What an expert is learned from and how, for its folder; JSON."""
+    told = {
+        "data": source,
+        "rows": len(course.rows),
+        "sha256_of_tokens": rows_digest(course.rows),
+        "validation_rows": len(course.validation),
+        "steps": course.settings.num_steps(len(course.rows)),
+        **{
+            name: value
+            for name, value in asdict(course.settings).items()
+            if value not in (None, math.inf)
+        },
+    }
+    return json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """The sha256 of rows as tokens and what is learned of them."""
+    return hashlib.sha256(repr([(row.ids, row.learned) for row in rows]).encode()).hexdigest()
 
 
 class Learner:

@@ -1,19 +1,14 @@
-"""What a run says while it goes on: trainer_log.jsonl as LLaMA-Factory writes it, and a plot."""
+"""What a run says while it goes on: trainer_log.jsonl as LLaMA-Factory writes it."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 from loramix.train.loop import Progress
-
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
-WIDTH, HEIGHT, MARGIN = 640, 320, 48
 
 
 class TrainerLog:
@@ -74,52 +69,3 @@ def entries(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return found
-
-
-def loss_plot(log: Sequence[dict[str, Any]]) -> str:
-    """An SVG of the losses: a line an expert, dots where it was validated. Empty without losses."""
-    names = list(dict.fromkeys(entry["expert"] for entry in log))
-    points = [(e["current_steps"], e["loss"] if "loss" in e else e["eval_loss"]) for e in log]
-    if not points:
-        return ""
-    most = max(step for step, _ in points)
-    top = max(loss for _, loss in points) or 1.0
-
-    def place(step: float, loss: float) -> tuple[float, float]:
-        x = MARGIN + step / most * (WIDTH - 2 * MARGIN)
-        return round(x, 1), round(HEIGHT - MARGIN - loss / top * (HEIGHT - 2 * MARGIN), 1)
-
-    parts = [_axes(most, top)]
-    for n, name in enumerate(names):
-        colour = COLOURS[n % len(COLOURS)]
-        own = [entry for entry in log if entry["expert"] == name]
-        line = [place(e["current_steps"], e["loss"]) for e in own if "loss" in e]
-        dots = [place(e["current_steps"], e["eval_loss"]) for e in own if "eval_loss" in e]
-        parts.append(_curve(line, dots, colour))
-        parts.append(
-            f'<text x="{WIDTH - MARGIN + 4}" y="{MARGIN + 14 * n}" fill="{colour}">'
-            f"{escape(name)}</text>"
-        )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 80} {HEIGHT}" '
-        f'font-family="sans-serif" font-size="11">{"".join(parts)}</svg>\n'
-    )
-
-
-def _axes(most: int, top: float) -> str:
-    left, bottom = MARGIN, HEIGHT - MARGIN
-    return (
-        f'<path d="M{left} {MARGIN}V{bottom}H{WIDTH - MARGIN}" fill="none" stroke="#888"/>'
-        f'<text x="4" y="{MARGIN}" fill="#888">{top:.2f}</text>'
-        f'<text x="{left - 12}" y="{bottom}" fill="#888">0</text>'
-        f'<text x="{WIDTH - MARGIN}" y="{bottom + 16}" fill="#888">step {most}</text>'
-        f'<text x="4" y="{MARGIN - 16}" fill="#888">nats per learned token; dots: validation</text>'
-    )
-
-
-def _curve(
-    line: Iterable[tuple[float, float]], dots: Iterable[tuple[float, float]], colour: str
-) -> str:
-    path = " ".join(f"{x},{y}" for x, y in line)
-    marks = "".join(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in dots)
-    return f'<polyline points="{path}" fill="none" stroke="{colour}"/>{marks}'

@@ -28,6 +28,7 @@ from loramix.train.config import Run
 from loramix.train.data import Row, total_learned
 from loramix.train.forward import check_packing, gates, losses, recomputed
 from loramix.train.learner import Course, Learner
+from loramix.train.processes import Processes
 
 VALIDATION_TOKENS = 16384  # of a batch; the same whatever else is trained, so figures are too
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -102,19 +103,22 @@ class _Pass:
         while living := [learner for learner in self.learners if not learner.is_done]:
             due = self._round(living)
             self.round += 1
-            stopped = self.run.stopped()
+            stopped = self.run.processes.any(self.run.stopped())
             if self.run.save_every:
                 due = self.round % self.run.save_every == 0
             over = all(learner.is_done for learner in self.learners)
             if checkpoints and (stopped or due or over):
-                checkpoints.save(self.round)
+                if self.run.processes.is_first:
+                    checkpoints.save(self.round)
+                self.run.processes.wait()
             if stopped and not over:
                 kept = f"its state is in {self.run.folder}" if checkpoints else "nothing was kept"
                 raise Stopped(f"Training was stopped after round {self.round}; {kept}.")
 
     def _round(self, living: Sequence[Learner]) -> bool:
         """One step of each; whether any of them has reached the end of an epoch or the like."""
-        torch.manual_seed(self.round)  # of dropout: a run that is taken up again draws the same
+        # of dropout: a run that is taken up again draws the same, other processes draw others
+        torch.manual_seed(self.round + (self.run.processes.number << 32))
         steps = [learner.rows() for learner in living]
         means = self._gradients(living, steps)
         self.tokens += sum(len(row.ids) for step in steps for row in step)
@@ -124,7 +128,7 @@ class _Pass:
             progress = self._progress(learner, loss, norm, rate)
             due |= learner.is_due
             if learner.is_due and learner.course.validation:
-                measured = validation_loss(self.mixed, learner, bf16=self.run.bf16)
+                measured = validation_loss(self.mixed, learner, self.run)
                 learner.judged(measured)
                 progress = replace(progress, validation=measured)
             self.report(progress)
@@ -173,15 +177,23 @@ class _Pass:
 def gradients(
     mixed: MixedModel, learners: Sequence[Learner], steps: Sequence[Sequence[Row]], run: Run
 ) -> list[float]:
-    """Add each expert's gradient to its factors; the mean loss of its step, in nats a token."""
+    """Add each expert's gradient to its factors; the mean loss of its step, in nats a token.
+
+    Each process computes its part of the rows, and all of them have the whole gradient then.
+    """
     counts = [total_learned(step) for step in steps]
     sums = [0.0] * len(learners)
     batches = micro_batches(
-        steps, tokens=run.micro_tokens, rows=run.micro_rows, packing=run.packing
+        [run.processes.part(step) for step in steps],
+        tokens=run.micro_tokens,
+        rows=run.micro_rows,
+        packing=run.packing,
     )
     for batch in batches:
         parts = _backward(mixed, learners, batch, counts, run)
         sums = [total + part for total, part in zip(sums, parts, strict=True)]
+    sums = run.processes.totals(sums)
+    _add_gradients(learners, run.processes)
     means = [total / count for total, count in zip(sums, counts, strict=True)]
     for learner, mean in zip(learners, means, strict=True):
         if not math.isfinite(mean):
@@ -190,6 +202,15 @@ def gradients(
                 f"learning rate."
             )
     return means
+
+
+def _add_gradients(learners: Sequence[Learner], processes: Processes) -> None:
+    """Sum them over the processes; one that had no row of an expert has none of it."""
+    weights = [weight for learner in learners for weight in learner.weights.values()]
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    processes.add([weight.grad for weight in weights if weight.grad is not None])
 
 
 def _backward(
@@ -216,13 +237,13 @@ def _summed(mixed: MixedModel, batch: Batch, counts: Sequence[int], run: Run) ->
 
 
 @torch.no_grad()
-def validation_loss(mixed: MixedModel, learner: Learner, *, bf16: bool = False) -> float:
-    """Nats per learned token over the validation rows of a course."""
+def validation_loss(mixed: MixedModel, learner: Learner, run: Run) -> float:
+    """Nats per learned token over the validation rows of a course, a part in each process."""
     rows = learner.course.validation
     if learner.is_remade:
         learner.bind()
     total = 0.0
-    for batch in micro_batches([rows], tokens=VALIDATION_TOKENS):
+    for batch in micro_batches([run.processes.part(rows)], tokens=VALIDATION_TOKENS):
         with mixed.active.using(*gates([learner], batch.counts, learning=False)):
-            total += losses(mixed, batch, bf16=bf16)[0].item()
-    return total / total_learned(rows)
+            total += losses(mixed, batch, bf16=run.bf16)[0].item()
+    return run.processes.totals([total])[0] / total_learned(rows)

@@ -25,6 +25,7 @@ from loramix.train.config import Run, Settings
 from loramix.train.data import Learned
 from loramix.train.dataset import MAX_BAD
 from loramix.train.keys import check_keys
+from loramix.train.online import is_hub_source
 
 SCHEDULES = {
     "linear": "linear",
@@ -44,14 +45,15 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "auto": "auto"}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where rows come from: a file, or names in a folder's dataset_info.json."""
+    """Where rows come from: a file, the hub, or names in a folder's dataset_info.json."""
 
     file: Path | None = None
+    hub: str = ""  # owner/name, or owner/name@revision
     names: tuple[str, ...] = ()
     folder: Path = Path("data")
 
     def __str__(self) -> str:
-        return str(self.file) if self.file else ",".join(self.names)
+        return str(self.file) if self.file else self.hub or ",".join(self.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Plan:
     max_bad: float = MAX_BAD
     log_every: int = 10  # steps
     plot: bool = False
+    board: Path | None = None  # where TensorBoard's events go
+    processes: int = 1  # begun on this machine; more may be begun by a launcher
     notes: tuple[str, ...] = ()
 
 
@@ -135,6 +139,9 @@ def plan(values: Mapping[str, Any]) -> Plan:
         raise TrainError("experts is no group of names; expected {name: {data: ...}, ...}.")
     else:
         experts = [_named(name, own, common) for name, own in named.items()]
+    board = _board(common, output)
+    if board is None and "logging_dir" in common:
+        notes.append("logging_dir is passed over: report_to does not name tensorboard.")
     return Plan(
         base=common["model_name_or_path"],
         experts=tuple(experts),
@@ -151,6 +158,8 @@ def plan(values: Mapping[str, Any]) -> Plan:
         max_bad=common.get("max_bad_rows", MAX_BAD),
         log_every=max(1, round(common.get("logging_steps", 10))),
         plot=common.get("plot_loss", False),
+        board=board,
+        processes=common.get("processes", 1),
         notes=tuple(notes),
     )
 
@@ -179,7 +188,8 @@ def _expert(name: str, values: Mapping[str, Any]) -> ExpertPlan:
 
 def _source(values: Mapping[str, Any], file: str, names: str) -> Source | None:
     if file in values:
-        return Source(file=Path(values[file]))
+        given = values[file]
+        return Source(hub=given) if is_hub_source(given) else Source(file=Path(given))
     if names not in values:
         return None
     listed = tuple(name.strip() for name in values[names].split(",") if name.strip())
@@ -266,6 +276,11 @@ def _template(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: values[k] for k in ("enable_thinking",) if k in values}
 
 
+def _board(values: Mapping[str, Any], output: Path) -> Path | None:
+    asked = _one_of("report_to", values.get("report_to", "none"), _REPORTS)
+    return Path(values.get("logging_dir", output / "runs")) if asked == "tensorboard" else None
+
+
 def _one_of(key: str, value: str, known: Mapping[str, str]) -> str:
     if value not in known:
         raise TrainError(f"{key} is {value!r}; expected {', '.join(known)}.")
@@ -278,4 +293,5 @@ def _whole(key: str, value: float) -> int:
     return int(value)
 
 
+_REPORTS = {"none": "none", "tensorboard": "tensorboard"}
 _STRATEGIES = {"no": "no", "steps": "steps", "epoch": "epoch"}
