@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -97,6 +99,20 @@ def test_run_takes_any_way_to_name_a_mix(front, capsys):
 def test_a_refused_request_fails_the_command(capsys):
     assert main(["run", "--input", '{"prompt": "a", "model": "lost"}']) == 1
     assert "lost" in capsys.readouterr().err
+
+
+def test_logs_go_on_as_lines_come(tmp_path):
+    line = '{"time": "now", "level": "info", "message": "request", "trace": "%s"}\n'
+    log = tmp_path / "server.log"
+    log.write_text(line % "a" + line % "b")
+    words = ["logs", str(log), "--follow", "--lines", "1"]
+    command = [sys.executable, "-m", "loramix", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "now info request trace=b\n"
+        with log.open("a") as more:
+            more.write(line % "c")
+        assert process.stdout.readline() == "now info request trace=c\n"
+        process.kill()
 
 
 def test_validate_says_what_it_found(capsys, tmp_path, monkeypatch):
