@@ -38,9 +38,15 @@ class History:
         self._rename, self._delete = Rename(self._change), Delete(self._remove)
 
     def show(self, listed: Any) -> None:
-        """The first part of the list, as the API gives it."""
+        """The list, as the API gives it; one that reads as before is not drawn anew."""
+        before = self._as_read
         self._heads, self._next = listed["data"], listed["next"]
-        self._build()
+        if self._as_read != before:
+            self._build()
+
+    @property
+    def _as_read(self) -> tuple[object, ...]:
+        return (self._next is None, *((head["id"], head["title"]) for head in self._heads))
 
     def mark(self, id: str | None) -> None:
         """Which one is open."""
