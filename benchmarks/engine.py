@@ -306,7 +306,7 @@ def measure(
     engine = LocalEngine(
         material.base_of(model), adapters[:BATCH], reuse=False, max_batch=32, tiles=tiles
     )
-    print(f"ours: the adapters' products by {'the C function' if engine.has_tiles else 'torch'}")
+    print(f"ours: products of few rows by {'the C function' if engine.has_tiles else 'torch'}")
     ours, bare = Ours(engine), [Mix()] * 32
     short, one, burst = prompts(BATCH, SHORT), prompts(1, SHORT), prompts(BATCH, LONG, 1)
     ways: dict[str, tuple[Answers, Prompts]] = {

@@ -101,7 +101,7 @@ def test_where_packed_rows_cannot_be_read_the_embedding_keeps_its_own(vocabulary
     model = tied(vocabulary)
     matrix = model["embed"].weight.clone()
     layers = FrozenLayers(model)
-    if vocabulary % frozen.TILE == 0:  # a layout that is not the expected one
+    if vocabulary % frozen.BLOCK == 0:  # a layout that is not the expected one
         monkeypatch.setattr(frozen, "read_rows", lambda tiles, ids: torch.zeros(len(ids), 32))
     model["head"].turn()
     assert torch.equal(model["embed"](torch.tensor([3, 99])), matrix[[3, 99]])

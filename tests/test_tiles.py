@@ -4,13 +4,16 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loramix.engine import Request, Sampling
 from loramix.engine.local import LocalEngine
 from loramix.errors import EngineError
+from loramix.frozen import FrozenLayers
 from loramix.mix import Mix
 from loramix.mixed import Gates, MixedModel
-from loramix.tiles import Tiler, fits
+from loramix.tiles import MOST_ROWS, Tiler, fits
 from tests.tiny import random_adapter, tiny_base, tiny_model
 
 BF16 = torch.bfloat16
@@ -63,6 +66,103 @@ def test_numbers_of_a_row_that_lie_apart_are_read_right(tiler):
     x, matrix, scale = drawn(1, 32, 5).transpose(1, 2), drawn(16, 32), drawn(1, 5, 16)
     wanted = (x.double() @ matrix.double().T) * scale.double()
     assert off(tiler.tiles(matrix).scaled(x, scale), wanted) < ROUNDING
+
+
+def of_a_base(layer):
+    return layer.to(BF16).requires_grad_(False)
+
+
+def frozen(layer, tiler):
+    """A layer as the engine takes it over; its matrix is there no more."""
+    model = nn.Sequential(layer)
+    FrozenLayers(model, tiler)
+    assert model[0].for_few
+    return model[0]
+
+
+@needs_tiles
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 8, 9, 17, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize(("outputs", "width"), [(64, 32), (128, 160), (192, 1024)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_with_a_base_are_right_to_rounding(tiler, rows, outputs, width, has_bias):
+    torch.manual_seed(rows)
+    layer, x = of_a_base(nn.Linear(width, outputs, bias=has_bias)), drawn(1, rows, width)
+    wanted = x.double() @ layer.weight.double().T
+    if has_bias:
+        wanted += layer.bias.double()
+    assert off(frozen(layer, tiler)(x), wanted) < ROUNDING
+
+
+@needs_tiles
+def test_rows_for_a_base_may_lie_as_they_like(tiler):
+    layer, wide = of_a_base(nn.Linear(32, 64)), drawn(3, 2, 64)
+    matrix, bias = layer.weight.double(), layer.bias.double()
+    ours = frozen(layer, tiler)
+    for x in (
+        wide[..., 16:48],
+        wide[0].T[:32].T,
+        wide[:, 0, 32:],
+        wide[0, 0, ::2],
+        wide[:0, 0, :32],
+    ):
+        found = ours(x)
+        assert found.shape == (*x.shape[:-1], 64)
+        wanted = x.double() @ matrix.T + bias
+        torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=0.01)
+
+
+@needs_tiles
+def test_a_base_whose_matrix_is_stored_turned_is_read_right(tiler):
+    layer, x = of_a_base(Conv1D(128, 64)), drawn(1, 3, 64)
+    wanted = x.double() @ layer.weight.double() + layer.bias.double()
+    assert off(frozen(layer, tiler)(x), wanted) < ROUNDING
+
+
+@needs_tiles
+def test_a_row_of_a_base_is_the_same_bit_for_bit_whatever_is_beside_it(tiler):
+    layer, x = frozen(of_a_base(nn.Linear(96, 128)), tiler), drawn(1, MOST_ROWS, 96)
+    alone = torch.cat([layer(x[:, n : n + 1]) for n in range(MOST_ROWS)], dim=1)
+    for rows in range(2, MOST_ROWS + 1):
+        assert torch.equal(layer(x[:, :rows]), alone[:, :rows])
+
+
+@needs_tiles
+def test_what_is_not_of_the_bases_precision_is_not_misread(tiler):
+    layer = frozen(of_a_base(nn.Linear(32, 64)), tiler)
+    for x in (torch.randn(1, 32), torch.randn(1, 32).half()):
+        with pytest.raises(RuntimeError):
+            layer(x)
+
+
+@needs_tiles
+def test_a_base_that_does_not_lie_in_whole_tiles_turns_with_the_load_as_without(tiler):
+    shapes = {(32, 64): True, (32, 50): False, (34, 64): False}  # (K, O)
+    model = of_a_base(nn.ModuleList(nn.Linear(*shape) for shape in shapes))
+    plain = [layer.weight for layer in model]
+    layers = FrozenLayers(model, tiler)
+    for num_requests, fallback in ((1, False), (2, True), (1, False)):
+        for _ in range(20):
+            layers.suit(num_requests)
+        assert [layer.is_packed for layer in model] == [
+            fits or fallback for fits in shapes.values()
+        ]
+        for layer, matrix in zip(model, plain, strict=True):
+            x = drawn(1, 1, layer.in_features)
+            assert off(layer(x), x.double() @ matrix.double().T + layer.bias.double()) < ROUNDING
+
+
+@needs_tiles
+def test_a_base_in_tiles_is_itself_again(architecture, tiler):
+    model = tiny_model(architecture).to(BF16).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.tensor([[5, 17, 31, 200]])
+    with torch.inference_mode():
+        wanted = model(ids).logits
+        layers = FrozenLayers(model, tiler)
+        assert off(model(ids).logits, wanted.double()) < 8 * ROUNDING
+    layers.release()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert dict(model.state_dict()).keys() == before.keys()
 
 
 def test_what_tiles_cannot_hold_does_not_fit():

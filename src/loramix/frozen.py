@@ -1,11 +1,15 @@
 """A frozen base's matrices in the form in which this CPU multiplies them fastest.
 
-A step reads all of a model, so it is as fast as the matrices come from memory. For one row of
-16-bit floats torch has a product that reads a plain matrix at the speed of memory, if it is not
-diverted to oneDNN. For several rows there is only oneDNN, which lays a plain matrix out anew in
-every product; laid out once (packed), it is read a half faster. So the layers of a model that
-serves one request are plain, those of a busy one are packed, and `FrozenLayers` turns them, some at
-a step. No number changes: either form gives the other back bit for bit.
+A step reads all of a model, so it is as fast as the matrices come from memory. Where the function
+of tiles.py can be had, every matrix is packed as oneDNN packs it: our function reads this form
+for few rows, at the speed of memory, and oneDNN for many.
+
+Elsewhere torch has a product of one row that reads a plain matrix of 16-bit floats faster than
+oneDNN a packed one, if it is not diverted to oneDNN. For several rows there is only oneDNN, which
+lays a plain matrix out anew in every product; laid out once, it is read a half faster. So the
+layers of a model that serves one request are plain, those of a busy one are packed, and
+`FrozenLayers` turns them, some at a step. No number changes: either form gives the other back bit
+for bit.
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loramix.linear import children, matrix_of
+from loramix.tiles import MOST_ROWS, Tiler, Tiles
 
 PATIENCE = 8  # steps of one request before the layers are laid out for one
 TURNED_AT_ONCE = 28  # layers in a step; all of a small model in seven
 TYPICAL_ROWS = 8  # oneDNN is told how many rows to expect; what it chooses hardly depends on them
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-TILE = 64  # rows that oneDNN lays side by side, two numbers of each in turn
+BLOCK = 64  # rows that oneDNN lays side by side, two numbers of each in turn
 SAMPLE = 99  # rows that are compared before this layout is believed
 
 
@@ -66,7 +71,9 @@ class FrozenLinear(nn.Module):
     The layer itself is kept aside without its matrix, unless that is another layer's too.
     """
 
-    def __init__(self, layer: nn.Linear | Conv1D, *, shared: bool) -> None:
+    def __init__(
+        self, layer: nn.Linear | Conv1D, *, shared: bool, tiler: Tiler | None = None
+    ) -> None:
         super().__init__()
         self.matrix = matrix_of(layer).detach()
         self.out_features, self.in_features = self.matrix.shape
@@ -74,6 +81,9 @@ class FrozenLinear(nn.Module):
         self.marker = nn.Parameter(self.matrix.new_empty(0), requires_grad=False)  # dtype, device
         # What reads its rows, if tied; in a tuple, because it is a part of the model elsewhere.
         self.lookup: tuple[FrozenEmbedding, ...] = ()
+        self.woven: Tensor | None = None  # a view of the packed matrix, if it can be read
+        self.for_few: Tiles | None = None  # the same, if our function is to multiply few rows
+        self._tiler = tiler
         self._shared = shared
         self._aside = (layer,)
         self._original: tuple[Tensor, ...] = (layer.weight,)  # until it is let go
@@ -90,14 +100,20 @@ class FrozenLinear(nn.Module):
 
     def turn(self) -> None:
         """From plain to packed, or back."""
-        turned = self.weight if self.is_packed else packed(self.matrix)
+        plain, to_pack = self.weight, not self.is_packed
+        self.matrix = packed(plain) if to_pack else plain
+        self.woven = woven_tiles(plain, self.matrix) if to_pack else None
+        if self._tiler:
+            self.for_few = None if self.woven is None else self._tiler.woven(self.woven)
         for embedding in self.lookup:
-            embedding.take(self.matrix, turned)
-        self.matrix = turned
+            embedding.plain = plain if self.woven is None else None
         if not self._shared:
             self._original = ()
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., O]
+        few = x.numel() <= MOST_ROWS * self.in_features and x.dtype == self.matrix.dtype
+        if few and self.for_few:
+            return self.for_few.product(x, self.bias)
         return product(x, self.matrix, self.bias)
 
     def restored(self) -> nn.Linear | Conv1D:
@@ -107,6 +123,7 @@ class FrozenLinear(nn.Module):
             dense = self.weight.T.contiguous() if isinstance(layer, Conv1D) else self.weight
             self._original = (nn.Parameter(dense, requires_grad=False),)
         (layer.weight,) = self._original
+        self.woven = self.for_few = None
         self.matrix, self.lookup = matrix_of(layer).detach(), ()  # the packed one is let go
         return layer
 
@@ -121,8 +138,7 @@ class FrozenEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = tied.out_features, tied.in_features
         self.tied = (tied,)
-        self._plain: Tensor | None = tied.matrix
-        self._tiles: Tensor | None = None
+        self.plain: Tensor | None = tied.matrix  # None while the packed one can be read
         self._aside = (layer,)
         tied.lookup = (self,)
         del layer.weight
@@ -132,17 +148,12 @@ class FrozenEmbedding(nn.Module):
         """The plain matrix [V, D]; made anew at every call while it is packed."""
         return self.tied[0].weight
 
-    def take(self, before: Tensor, after: Tensor) -> None:
-        """The matrix is turned: keep the plain one only if the packed one cannot be read."""
-        plain, laid_out = (after, before) if before.is_mkldnn else (before, after)
-        self._tiles = tiles_of(plain, laid_out) if laid_out is after else None
-        self._plain = plain if self._tiles is None else None
-
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., D]
-        if self._tiles is not None:
-            return read_rows(self._tiles, ids)
-        assert self._plain is not None
-        return F.embedding(ids, self._plain)
+        (tied,) = self.tied
+        if self.plain is not None:
+            return F.embedding(ids, self.plain)
+        assert tied.woven is not None
+        return read_rows(tied.woven, ids)
 
     def restored(self) -> nn.Embedding:
         """The layer as it was, tied to the output layer, which is restored first."""
@@ -151,29 +162,29 @@ class FrozenEmbedding(nn.Module):
         return layer
 
 
-def tiles_of(matrix: Tensor, laid_out: Tensor) -> Tensor | None:
+def woven_tiles(matrix: Tensor, laid_out: Tensor) -> Tensor | None:
     """The packed form of a matrix [O, D] as a view [O / 64, D / 2, 64, 2], if that is its layout.
 
     oneDNN does not promise it, so some rows are compared; None if it cannot be read like this.
     """
     rows, width = matrix.shape
-    if rows % TILE or width % 2 or torch.ops.mkldnn._nbytes(laid_out) != matrix.nbytes:
+    if rows % BLOCK or width % 2 or torch.ops.mkldnn._nbytes(laid_out) != matrix.nbytes:
         return None
     numbers = (ctypes.c_int16 * matrix.numel()).from_address(torch.ops.mkldnn.data_ptr(laid_out))
-    tiles = torch.frombuffer(numbers, dtype=matrix.dtype).view(rows // TILE, width // 2, TILE, 2)
+    tiles = torch.frombuffer(numbers, dtype=matrix.dtype).view(rows // BLOCK, width // 2, BLOCK, 2)
     sample = torch.linspace(0, rows - 1, SAMPLE).long()
     return tiles if torch.equal(read_rows(tiles, sample), matrix[sample]) else None
 
 
 def read_rows(tiles: Tensor, ids: Tensor) -> Tensor:
     """Rows [.., D] of the matrix that lies in these tiles."""
-    return tiles[ids // TILE, :, ids % TILE].flatten(-2)
+    return tiles[ids // BLOCK, :, ids % BLOCK].flatten(-2)
 
 
 class FrozenLayers:
     """The linear layers of a frozen model, taken over in place where they can be packed."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tiler: Tiler | None = None) -> None:
         self._steps_alone = 0
         self._taken: list[tuple[nn.Module, str, FrozenLinear | FrozenEmbedding]] = []
         self.layers: list[FrozenLinear] = []
@@ -189,11 +200,13 @@ class FrozenLayers:
                 continue
             tied = embeddings.get(id(weight)) if owners[id(weight)] == 2 else None
             shared = owners[id(weight)] > 1 and tied is None
-            frozen = FrozenLinear(layer, shared=shared)
+            frozen = FrozenLinear(layer, shared=shared, tiler=tiler)
             self._take(owner, name, frozen)
             self.layers.append(frozen)
             if tied:
                 self._take(tied[0], tied[1], FrozenEmbedding(tied[2], frozen))
+            if tiler:
+                frozen.turn()
 
     def suit(self, num_requests: int) -> None:
         """Before a step: turn some layers, if most steps are of another kind by now."""
@@ -201,7 +214,8 @@ class FrozenLayers:
         if 0 < self._steps_alone < PATIENCE:
             return
         to_pack = self._steps_alone == 0
-        for layer in [one for one in self.layers if one.is_packed != to_pack][:TURNED_AT_ONCE]:
+        turning = [one for one in self.layers if one.is_packed != to_pack and not one.for_few]
+        for layer in turning[:TURNED_AT_ONCE]:
             layer.turn()
 
     def release(self) -> None:

@@ -1,8 +1,9 @@
-"""The factors of adapters in the form that a small C function (tiles.c) multiplies few rows by.
+"""bfloat16 matrices in a form that a small C function (tiles.c) multiplies few rows by.
 
-A step under mixes makes hundreds of products of a few rows with thin matrices. torch spends more
-on each of them than on reading the matrix, and the scaling by the gates and the sum with W x are
-operations of their own. Here they are part of the product, which costs a call without dispatch.
+A step that answers a few requests multiplies a row for each by all of a base and of its adapters.
+torch reads the base's matrices at half to two thirds of the speed of memory, and spends more on
+each product with a thin factor than on reading it; the scaling by the gates and the sum with W x
+are operations of their own. Here they are part of the product, which costs a call without dispatch.
 
 The function is compiled when it is asked for, for this CPU, and is not kept in any file. It runs in
 the threads of torch's OpenMP library, which has the name of the system's.
@@ -29,7 +30,9 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 TILE = 16  # outputs
-LARGE = 1 << 28  # bytes of a base beside whose opening a second more is little
+WOVEN = 4  # tiles, in the form that oneDNN packs a matrix into
+MOST_ROWS = 24  # beyond which oneDNN multiplies faster by a packed matrix
+LARGE = 1 << 28  # bytes of a base beside whose opening a few seconds more are little
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -37,31 +40,42 @@ _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 class Tiles:
     """A bfloat16 matrix [O, K], K even, for products with rows x [.., K] that lie evenly apart."""
 
-    tiles: Tensor  # [O / 16, K / 2, 16, 2], the last tile filled up with zeros
+    tiles: Tensor  # [O / 16 / G, K / 2, 16 G, 2], the last tile filled up with zeros; G is 1 or 4
     num_outputs: int
     multiply: Any
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The rows x times matrix^T, and the bias [O] added: [.., O]."""
+        y = x.new_empty(*x.shape[:-1], self.num_outputs)
+        self._run(x.contiguous().view(-1, x.shape[-1]), y, addend=bias)
+        return y
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
         """(x matrix^T) * scale [.., O], the scale as bfloat16."""
         y = x.new_empty(scale.shape)
-        self._run(x, scale.data_ptr(), y)
+        self._run(x, y, scale=scale)
         return y
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add x matrix^T to y in place."""
-        self._run(x, None, y)
+        self._run(x, y, addend=y)
 
-    def _run(self, x: Tensor, scale: int | None, y: Tensor) -> None:
+    def _run(
+        self, x: Tensor, y: Tensor, *, scale: Tensor | None = None, addend: Tensor | None = None
+    ) -> None:
         x = x if x.stride(-1) == 1 else x.contiguous()
         self.multiply(
             x.data_ptr(),
             self.tiles.data_ptr(),
-            scale,
+            None if scale is None else scale.data_ptr(),
+            None if addend is None else addend.data_ptr(),
             y.data_ptr(),
             y.numel() // self.num_outputs,
             x.shape[-1],
             self.num_outputs,
             x.stride(-2),
+            self.num_outputs if addend is y else 0,
+            self.tiles.shape[-2] // TILE,
             torch.get_num_threads(),
         )
 
@@ -70,7 +84,7 @@ class Tiler:
     """Brings matrices into this form. Raises EngineError where the function cannot be had."""
 
     def __init__(self) -> None:
-        self._multiply = _compiled()
+        self._multiply, self._multiply_long = _compiled()
 
     def tiles(self, matrix: Tensor) -> Tiles:
         """A copy of a matrix [O, K] that `fits`."""
@@ -78,9 +92,13 @@ class Tiler:
         filled = F.pad(matrix, (0, 0, 0, -rows % TILE)).view(-1, TILE, width // 2, 2)
         return Tiles(filled.transpose(1, 2).contiguous(), rows, self._multiply)
 
+    def woven(self, tiles: Tensor) -> Tiles:
+        """A base's matrix that lies in woven tiles [O / 64, K / 2, 64, 2] already; no copy."""
+        return Tiles(tiles, len(tiles) * WOVEN * TILE, self._multiply_long)
+
 
 def tiler_of(model: nn.Module, wanted: bool | None) -> Tiler | None:
-    """For a model's adapters, None where torch is to multiply; EngineError if it is wanted in vain.
+    """For a model and its adapters, None where torch is to multiply; EngineError if wanted in vain.
 
     A `wanted` of None is wherever it can be had and the model is large.
     """
@@ -98,7 +116,7 @@ def tiler_of(model: nn.Module, wanted: bool | None) -> Tiler | None:
     except EngineError as error:
         if wanted:
             raise
-        log.info("The adapters' products are torch's: %s", error)
+        log.info("Products of few rows are torch's: %s", error)
         return None
 
 
@@ -108,7 +126,8 @@ def fits(matrix: Tensor) -> bool:
     return even and matrix.is_cpu and matrix.dtype == torch.bfloat16
 
 
-def _compiled() -> Any:
+def _compiled() -> tuple[Any, Any]:
+    """The function twice: keeping the interpreter's lock, for what is short, and without it."""
     if not torch.cpu._is_avx512_bf16_supported():
         raise EngineError("tiles need a CPU with AVX512-BF16, and this one has none; leave them.")
     compiler = shutil.which("cc")
@@ -125,8 +144,9 @@ def _compiled() -> Any:
             raise EngineError(
                 f"{compiler} cannot compile {SOURCE.name}: {made.stderr.strip()[:200]}"
             )
-        # PyDLL keeps the interpreter's lock: another thread would hold it longer than a product.
-        multiply = ctypes.PyDLL(str(library)).multiply
-    multiply.argtypes = [*[_POINTER] * 4, *[_COUNT] * 4, ctypes.c_int]
-    multiply.restype = None
-    return multiply
+        # Whoever gets the lock in between holds it longer than a product with a factor takes.
+        found = ctypes.PyDLL(str(library)).multiply, ctypes.CDLL(str(library)).multiply
+    for multiply in found:
+        multiply.argtypes = [*[_POINTER] * 5, *[_COUNT] * 6, ctypes.c_int]
+        multiply.restype = None
+    return found

@@ -41,7 +41,7 @@ class Core:
         num_threads: int | None = None,
         tiler: Tiler | None = None,
     ) -> None:
-        self.frozen = FrozenLayers(model)
+        self.frozen = FrozenLayers(model, tiler)
         self.mixed = MixedModel(model, tiler)
         self.model = model
         self.scheduler = scheduler

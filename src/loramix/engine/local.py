@@ -67,9 +67,10 @@ class LocalEngine:
     Adapters take at most `adapter_bytes`, not counting the side-by-side copies of up to 4 recent
     sets of them. Those that a mix names are read from `library` when first needed, and idle ones of
     these leave, longest unused first; those given to the engine stay. While the engine is open the
-    base's model is its own. With `tiles`, the products of a bfloat16 base's adapters are made by a
-    C function that is compiled now (tiles.py): faster, and rounded a little differently. None is
-    wherever it can be had and a base is so large that a second at its opening is little.
+    base's model is its own. With `tiles`, products of few rows with a bfloat16 base and its
+    adapters are made by a C function that is compiled now (tiles.py), and the base is laid out for
+    it: faster, and rounded a little differently. None is wherever it can be had and a base is so
+    large that a few seconds at its opening are little.
 
     Raises EngineError for what `tiles` needs and is not there and for a model that it cannot serve
     exactly, BaseMismatch for an adapter that does not fit.

@@ -164,7 +164,7 @@ class EngineSettings(Section):
     adapter_bytes: int | None = Field(default=None, ge=1)
     num_threads: int | None = Field(default=None, ge=1)
     reuse: bool | None = None  # of computed prompts, by requests of the same mix
-    tiles: bool | None = None  # the adapters' products by a C function
+    tiles: bool | None = None  # products of few rows by a C function
 
     def options(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
