@@ -1,6 +1,7 @@
 """The engine in this process: one running batch in which every request has its own mix.
 
-Prompts are read and checked by the caller's thread; the model runs in one of its own (core.py).
+Prompts are read and checked by the caller's thread (prompts.py); the model runs in one of its own
+(core.py).
 `generate`, `stream` and `score` all join the same running batch.
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sys
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -19,7 +19,6 @@ from typing import Self
 
 from loramix.adapter import Adapter
 from loramix.base import Base
-from loramix.chat import Message, prompt_ids
 from loramix.engine import Answer, Chunk, Request, Statistics
 from loramix.engine.cache import PrefixCache
 from loramix.engine.core import Core
@@ -27,17 +26,17 @@ from loramix.engine.exact import exact_context, require_exact, vocabulary_size
 from loramix.engine.form import Forms
 from loramix.engine.loaded import LoadedAdapters
 from loramix.engine.outbox import Outboxes
+from loramix.engine.prompts import Prompts, is_slow
 from loramix.engine.reader import Echo, Scorer, Writer
 from loramix.engine.residents import Resident
 from loramix.engine.sampler import Sampler, end_tokens
 from loramix.engine.scheduler import Reader, Scheduler, Task
 from loramix.engine.text import Detokenizer, StopStrings
-from loramix.errors import BadRequest, Busy, EngineError, TooLong, UnknownAdapter
+from loramix.errors import BadRequest, Busy, EngineError, UnknownAdapter
 from loramix.library import Library
 from loramix.tiles import tiler_of
 
 GIB = 1 << 30
-LONG = 4096  # characters or tokens of a prompt that takes more than a millisecond to read
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +112,15 @@ class LocalEngine:
         self._core = Core(base.model, self._scheduler, num_threads, tiler)
         self._loaded = LoadedAdapters(base, library, self._core, adapter_bytes)
         self._generation = base.model.generation_config
-        self._vocabulary = vocabulary_size(base.model)
-        self._forms = Forms(base.tokenizer, self._vocabulary, end_tokens(self._generation))
+        vocabulary = vocabulary_size(base.model)
+        self._prompts = Prompts(
+            base.tokenizer,
+            vocabulary,
+            context=self.context,
+            token_bytes=self.token_bytes,
+            kv_bytes=kv_bytes,
+        )
+        self._forms = Forms(base.tokenizer, vocabulary, end_tokens(self._generation))
         self._outboxes = Outboxes()
         self._core.start()
         self._closer = weakref.finalize(self, self._core.close)
@@ -212,7 +218,7 @@ class LocalEngine:
             raise BadRequest("A score is one and exact; leave n and history as they are.")
         jobs, scorers = [], []
         for request, continuation in zip(requests, continuations, strict=True):
-            prompt, targets = self._continued(request, continuation)
+            prompt, targets = self._prompts.continued(request, continuation)
             scorers.append(Scorer(targets))
             tokens = [*prompt, *targets[:-1]]
             jobs.append(Job(request, tokens, len(prompt), len(tokens), scorers[-1]))
@@ -230,7 +236,7 @@ class LocalEngine:
         if request.n > self._max_queue:
             raise BadRequest(f"n is {request.n}, but at most {self._max_queue} may wait at once.")
         write = partial(self._written, request, send)
-        written = await asyncio.to_thread(write) if _is_slow(request) else write()
+        written = await asyncio.to_thread(write) if is_slow(request) else write()
         jobs = [job for job, _ in written]
         await self._loaded.read(request.mix)
         ready: list[Task] = []
@@ -257,8 +263,8 @@ class LocalEngine:
 
     def _written(self, request: Request, send: Callable[[Chunk], None]) -> list[tuple[Job, Writer]]:
         """A job and its writer for each of a request's answers."""
-        prompt = self._prompt(request)
-        request = self._fitted(request, len(prompt))
+        prompt = self._prompts.read(request)
+        request = self._prompts.fitted(request, len(prompt))
         limit = len(prompt) + request.sampling.max_tokens - 1  # the last token is not computed
         writers = [self._writer(request, prompt, index, send) for index in range(request.n)]
         num_top = request.sampling.prompt_logprobs
@@ -337,8 +343,8 @@ class LocalEngine:
         self, request: Request, prompt: Sequence[int], index: int, send: Callable[[Chunk], None]
     ) -> Writer:
         sampling, config = request.sampling, self._generation
-        self._require_room(len(prompt), sampling.max_tokens)
-        self._require_tokens(sampling.logit_bias, "logit_bias")
+        self._prompts.require_room(len(prompt), sampling.max_tokens)
+        self._prompts.require_tokens(sampling.logit_bias, "logit_bias")
         form = self._forms.follow(sampling.schema) if sampling.schema is not None else None
         return Writer(
             Sampler(sampling, config, prompt, index, form),
@@ -352,68 +358,6 @@ class LocalEngine:
             send=send,
         )
 
-    def _prompt(self, request: Request) -> list[int]:
-        """The tokens of a request's prompt."""
-        prompt = request.prompt
-        if isinstance(prompt, str):
-            _require_characters(prompt)
-            tokens = self._tokens(prompt)
-        else:
-            messages = [part for part in prompt if isinstance(part, Message)]
-            for message in messages:
-                _require_characters(message.content)
-            _require_characters(json.dumps(dict(request.template), ensure_ascii=False))
-            tokens = [part for part in prompt if isinstance(part, int)]
-            tokens = tokens or prompt_ids(self.base.tokenizer, messages, request.template)
-        if not tokens or not prompt:
-            raise BadRequest("The prompt is empty; expected at least one token.")
-        self._require_tokens(tokens, "the prompt")
-        return tokens
-
-    def _require_tokens(self, tokens: Iterable[int], where: str) -> None:
-        if not all(0 <= token < self._vocabulary for token in tokens):
-            raise BadRequest(f"A token of {where} is not among 0 to {self._vocabulary - 1}.")
-
-    def _continued(self, request: Request, continuation: str) -> tuple[list[int], list[int]]:
-        """A prompt's tokens and its continuation's."""
-        prompt = self._prompt(request)
-        _require_characters(continuation)
-        targets = self._tokens(continuation, add_special_tokens=False)
-        if isinstance(request.prompt, str):
-            together = self._tokens(request.prompt + continuation)
-            if together[: len(prompt)] == prompt:
-                targets = together[len(prompt) :]
-        if not targets:
-            raise BadRequest("A continuation to score has no tokens; expected at least one.")
-        self._require_room(len(prompt), len(targets))
-        return prompt, targets
-
-    def _tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        encoded = self.base.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        return list(encoded["input_ids"])
-
-    def _fitted(self, request: Request, num_prompt: int) -> Request:
-        """The request with as many tokens as it asks for, or as fit if it leaves that open."""
-        sampling = request.sampling
-        room = min(self.context, self._scheduler.kv_bytes // self.token_bytes) - num_prompt
-        if not sampling.fit or room >= sampling.max_tokens:
-            return request
-        return replace(request, sampling=replace(sampling, max_tokens=max(1, room)))
-
-    def _require_room(self, num_prompt: int, num_more: int) -> None:
-        if num_prompt + num_more > self.context:
-            raise TooLong(
-                f"The prompt has {num_prompt} tokens and up to {num_more} are to follow, but the "
-                f"engine holds {self.context} together; shorten the prompt or lower max_tokens."
-            )
-        needed, budget = (num_prompt + num_more - 1) * self.token_bytes, self._scheduler.kv_bytes
-        if needed > budget:
-            raise TooLong(
-                f"The prompt's {num_prompt} tokens and up to {num_more} more take {needed:,} bytes "
-                f"of keys and values, but the engine has {budget:,}; shorten the prompt, lower "
-                f"max_tokens, or open the engine with more kv_bytes."
-            )
-
 
 def _context(base: Base, wanted: int | None) -> int:
     """The tokens of a prompt and its answer together; EngineError for what the base cannot hold."""
@@ -425,25 +369,6 @@ def _context(base: Base, wanted: int | None) -> int:
             f"context is {wanted}; expected 2 to {held}, what this base holds, or None."
         )
     return wanted
-
-
-def _is_slow(request: Request) -> bool:
-    """Whether reading it takes milliseconds, in which an event loop should go on."""
-    prompt = request.prompt
-    if len(prompt) > LONG or request.sampling.schema is not None:
-        return True
-    return sum(len(part.content) for part in prompt if isinstance(part, Message)) > LONG
-
-
-def _require_characters(text: str) -> None:
-    """BadRequest for half a character (a lone surrogate), which no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRequest(
-            f"Character {error.start} of the text is half a character (a lone surrogate, "
-            f"{text[error.start]!a}); send whole ones."
-        ) from error
 
 
 def _ignore(chunk: Chunk) -> None:
