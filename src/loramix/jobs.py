@@ -278,7 +278,7 @@ def _router(shelf: Library, materials: Sequence[Material]) -> GateRouter | None:
     known = GateRouter.load(shelf.folder / ROUTER)
     for name, own in queries.items():
         known = known.add(name, own)
-    return known
+    return known.refit()
 
 
 def _judged(

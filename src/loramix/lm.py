@@ -261,14 +261,21 @@ def _own_data() -> Path:
 
 
 def load_router(library: Library) -> CorrectedRouter:
-    """The router fitted for a library, with the corrections beside it; RouteError if none."""
+    """The router fitted for a library, with the corrections beside it; RouteError if none.
+
+    Adapters that it has not met are known to it by their cards.
+    """
     if not has_router(library):
         raise _no_router(library)
     from loramix.route.feedback import CorrectedRouter, FeedbackLog
     from loramix.route.gate import GateRouter
 
     folder = library.folder / ROUTER
-    return CorrectedRouter(GateRouter.load(folder), FeedbackLog(folder))
+    gate = GateRouter.load(folder)
+    if not {*library.names()} <= {*gate.adapters}:
+        for card in library.cards():
+            gate = gate if card.name in gate.adapters else gate.introduce(card)
+    return CorrectedRouter(gate, FeedbackLog(folder))
 
 
 def has_router(library: Library) -> bool:
@@ -322,7 +329,7 @@ def as_mix(mix: str | Mix) -> Mix:
 def _no_router(library: Library) -> RouteError:
     return RouteError(
         f"The library {library.folder} has no router, which 'auto' asks for the mix; fit one with "
-        f"`loramix router fit`, or name a mix ('base' is the bare model)."
+        f"`loramix route fit`, or name a mix ('base' is the bare model)."
     )
 
 

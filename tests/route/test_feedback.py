@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from loramix.chat import Message
 from loramix.errors import RouteError, UnknownAdapter
-from loramix.route.feedback import CorrectedRouter, FeedbackLog, refit, score
+from loramix.route.encode import NgramEncoder
+from loramix.route.feedback import CorrectedRouter, FeedbackLog
 from loramix.route.gate import GateRouter
+from loramix.route.ngrams import Sparse
+from loramix.route.refit import refit, refit_in, score
 from tests.route.small import fitted, held_out
 
 REEF = "how do i reef the mainsail in a squall"
@@ -111,6 +114,57 @@ def test_corrections_that_spoil_the_gate_do_not_join(router: CorrectedRouter) ->
     assert found.router is None
     assert found.after < found.before
     assert found.joined == ()
+
+
+def test_a_query_is_read_once(router: CorrectedRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    router.correct(REEF, "garden")
+    ask(router, REEF)
+    read: list[str] = []
+    matrix = NgramEncoder.matrix
+
+    def counted(self: NgramEncoder, texts: list[str]) -> Sparse:
+        read.extend(texts)
+        return matrix(self, texts)
+
+    monkeypatch.setattr(NgramEncoder, "matrix", counted)
+    ask(router, "how do i reef a mainsail in the squall")
+    assert read == ["how do i reef a mainsail in the squall"]
+
+
+def test_a_refit_that_dies_leaves_the_router_whole(
+    gate: GateRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "_router"
+    gate.add("zoo", ["feed the giraffe", "is the zebra asleep"]).save(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr("numpy.savez_compressed", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        refit_in(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["_router"]
+    monkeypatch.undo()
+    assert refit_in(folder).router is not None
+    assert not GateRouter.load(folder).fresh
+    assert refit_in(folder).router is None
+
+
+def test_a_refit_begins_again_if_the_router_was_replaced_meanwhile(
+    gate: GateRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "_router"
+    gate.add("zoo", ["feed the giraffe"]).save(folder)
+    other, refits = gate.add("zoo", ["feed the zebra"]), []
+
+    def slow(self: GateRouter) -> GateRouter:
+        if not refits:
+            other.save(folder)
+        refits.append(self.examples["zoo"])
+        return self.refitted(self.examples)
+
+    monkeypatch.setattr(GateRouter, "refit", slow)
+    refit_in(folder)
+    assert refits == [("feed the giraffe",), ("feed the zebra",)]
+    assert GateRouter.load(folder).examples["zoo"] == ("feed the zebra",)
 
 
 def test_the_score_is_that_of_decisions(router: CorrectedRouter) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loramix.cli.adapters import adapters, router
+from loramix.cli.adapters import adapters
 from loramix.cli.ask import ask
 from loramix.cli.chat import chat
 from loramix.cli.convert import convert
@@ -51,7 +51,6 @@ for name, plain in PLAIN.items():
     app.command(name)(plain)
 app.add_typer(adapters, name="adapters")
 app.add_typer(route, name="route")
-app.add_typer(router, name="router")
 app.add_typer(data, name="data")
 app.add_typer(keys, name="keys")
 app.add_typer(jobs, name="jobs")

@@ -1,4 +1,4 @@
-"""`loramix adapters` and `loramix router`: the folder that mixes are made from.
+"""`loramix adapters`: the folder that mixes are made from.
 
 Without `--library` the commands see your own library and pocket's; what they change is your own.
 """
@@ -19,7 +19,6 @@ from loramix.adapter import Card
 from loramix.cli.flags import Json, Machine, flags
 from loramix.cli.opening import hush, notice
 from loramix.cli.printing import print_json, print_table
-from loramix.cli.reading import read_examples, read_queries
 from loramix.errors import BadRequest, RouteError, UnknownAdapter
 from loramix.library import Library
 from loramix.lm import POCKET_LIBRARY, ROUTER, has_router, own_library
@@ -32,10 +31,8 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path | None, typer.Option("--library", help="Folder of adapters.")]
 Name = Annotated[str, typer.Argument(help="Name of an adapter in the library.")]
-Examples = Annotated[Path, typer.Option(help='Lines like {"adapter": "sql", "query": "..."}.')]
 
 adapters = typer.Typer(help="Add, list, show, remove and check adapters.")
-router = typer.Typer(help="Fit the router of a library.")
 
 
 @adapters.command("list")
@@ -83,11 +80,15 @@ def add(
     replace: Annotated[bool, typer.Option("--replace", help="Replace one of this name.")] = False,
     examples: Annotated[Path | None, typer.Option(help="Queries to route to it, by line.")] = None,
 ) -> None:
-    """Add an adapter to a library; with --examples the router learns it at once."""
+    """Add an adapter to a library, whose router knows it at once: by --examples, or by its card."""
     hush()
     if name is not None:
         check_name(name)
-    queries = read_queries(examples) if examples else []
+    queries = []
+    if examples:
+        from loramix.route.rows import read_queries
+
+        queries = read_queries(examples)
     shelf = Library(library or own_library())
     with TemporaryDirectory() as staging, notice(f"Reading {source} ..."):
         staged = Library(staging)
@@ -99,12 +100,17 @@ def add(
             lora_only=lora_only,
             report=lambda line: typer.echo(line, err=True),
         )
-        grown = _grown_router(shelf, card.name, queries) if queries else None
+        grown = _grown_router(shelf, card, queries)
         shelf.put(staged.load(card.name), replace=replace)
     typer.echo(f"Added {card.name} to {shelf.folder}.", err=True)
     if grown:
         grown.save(shelf.folder / ROUTER)
         typer.echo(f"Its router chooses among {', '.join(grown.adapters)}.", err=True)
+    if grown and grown.fresh:
+        from loramix.route.refit import refit_in
+
+        with notice("Learning all of them together; ending this keeps the router as it is ..."):
+            refit_in(shelf.folder / ROUTER)
 
 
 @adapters.command()
@@ -151,31 +157,6 @@ def check(
         typer.echo(_proof(name, opened.id, result))
 
 
-@router.command()
-def fit(
-    examples: Examples,
-    library: Folder = None,
-    keep: Annotated[float, typer.Option(help="Share of own queries to keep from the base.")] = 0.95,
-    top: Annotated[int, typer.Option(help="Most adapters in one mix.")] = 2,
-    encoder: Annotated[str, typer.Option(help="auto, ngrams or minilm.")] = "auto",
-) -> None:
-    """Fit a library's router from queries its adapters were trained on."""
-    from loramix.route.gate import GateRouter
-
-    shelf = Library(library or own_library())
-    rows = read_examples(examples)
-    known = shelf.names()
-    for name in rows:
-        if name not in known:
-            raise UnknownAdapter(name, known)
-    with notice("Fitting the router ..."):
-        fitted = GateRouter.fit(rows, encoder=open_encoder(encoder), keep=keep, top=top)
-        fitted.save(shelf.folder / ROUTER)
-    typer.echo(f"Fitted the router of {shelf.folder} to {', '.join(fitted.adapters)}.", err=True)
-    for name in sorted({*known} - {*rows}):
-        typer.echo(f"{name} has no examples: it answers only when a mix names it.", err=True)
-
-
 def open_encoder(name: str) -> Encoder:
     from loramix.route.encode import MiniLmEncoder, default_encoder
     from loramix.route.ngrams import NgramEncoder
@@ -190,13 +171,16 @@ def open_encoder(name: str) -> Encoder:
     return makers[name]()
 
 
-def _grown_router(shelf: Library, name: str, queries: list[str]) -> GateRouter:
-    """The library's router once it knows an adapter by its queries."""
+def _grown_router(shelf: Library, card: Card, queries: list[str]) -> GateRouter | None:
+    """The library's router once it knows an adapter, by its card if there are no queries.
+
+    None if there is nothing to change: no router and no queries, or one that has queries of it.
+    """
     from loramix.route.gate import GateRouter
 
-    if has_router(shelf):
-        return GateRouter.load(shelf.folder / ROUTER).add(name, queries)
-    return GateRouter.fit({name: queries})
+    if not has_router(shelf):
+        return GateRouter.fit({card.name: queries}) if queries else None
+    return GateRouter.load(shelf.folder / ROUTER).meet(card, queries)
 
 
 def _forget(shelf: Library, name: str) -> None:

@@ -19,13 +19,13 @@ from loramix.cli.opening import notice, open_lm
 from loramix.cli.reading import read_answered, read_labelled
 from loramix.errors import BadRequest, UnknownAdapter
 from loramix.formats.aside import aside
-from loramix.lm import ROUTER, guided
+from loramix.library import Library
+from loramix.lm import ROUTER, guided, own_library
 
 if TYPE_CHECKING:
     from loramix.chat import Example
     from loramix.eval.quality import Interval
     from loramix.eval.targets import Targets
-    from loramix.library import Library
     from loramix.lm import LM
     from loramix.route.gate import GateRouter
 
@@ -36,10 +36,15 @@ Out = Annotated[Path, Option(help="Folder of the router; replaced if it is one."
 
 
 def fit(
-    data: Rows,
-    out: Out,
     where: Where,
     machine: Machine,
+    data: Annotated[
+        Path | None,
+        typer.Argument(help='Lines like {"text": "...", "route": "sql"}; without, by cards alone.'),
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="Folder of a router by itself; default: your library's router.")
+    ] = None,
     keep: Annotated[float, Option(help="Share of own queries to keep from the base.")] = 0.95,
     top: Annotated[int, Option(help="Most adapters in one mix.")] = 2,
     fade: Annotated[bool, Option("--fade", help="Weights shrink with P(none).")] = False,
@@ -54,21 +59,29 @@ def fit(
     """Fit a router from labelled rows; rows of no adapter teach it what to leave to the base.
 
     With --measure the model says who answers half of its rows best, and the router learns that,
-    unless it costs anything on the other half.
+    unless it costs anything on the other half. In a library, adapters without rows start by their
+    cards.
     """
     from loramix.route.abstain import background
     from loramix.route.gate import GateRouter
 
-    _check_out(out)
+    if data is None and (out or measure):
+        raise BadRequest("--out and --measure need labelled rows; a library's cards do without.")
+    shelf = None if out else Library(where.library or own_library())
+    place = out or (where.library or own_library()) / ROUTER
+    _check_out(place)
     if targets is not None and (measure is None or targets.exists()):
         raise BadRequest("--targets needs --measure, and a file that does not exist yet.")
-    own, foreign = _read(data)
+    own, foreign = _read(data) if data else ({}, [])
+    if shelf:
+        _check_names([*own], shelf)
+    cards = shelf.cards() if shelf else []
     chosen = open_encoder(encoder)
 
     def fitted(examples: Mapping[str, Sequence[str]]) -> GateRouter:
         rows = {name: texts for name, texts in examples.items() if name}
         more = [*background(), *examples.get("", ())]
-        made = GateRouter.fit(rows, encoder=chosen, keep=keep, top=top, foreign=more)
+        made = GateRouter.fit(rows, encoder=chosen, keep=keep, top=top, foreign=more, cards=cards)
         return replace(made, fades=fade)
 
     examples = {**own, "": foreign}
@@ -79,8 +92,10 @@ def fit(
         answered = read_answered(measure)
         with open_lm(where, machine) as lm:
             router = _measured(lm, answered, examples, fitted, targets)
-    router.save(out)
-    typer.echo(f"Fitted {out} to {', '.join(router.adapters)}.", err=True)
+    router.save(place)
+    typer.echo(f"Fitted {place} to {', '.join(router.adapters)}.", err=True)
+    for name in sorted(router.cards):
+        typer.echo(f"{name} has no examples: it is known by its card.", err=True)
 
 
 def calibrate(

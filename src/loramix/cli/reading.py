@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,21 +31,6 @@ def read_lines(path: Path) -> list[str]:
     if not any(lines):
         raise BadRequest(f"{path} is empty; expected one item a line.")
     return [line for line in lines if line]
-
-
-def read_queries(path: Path) -> list[str]:
-    """Queries of one adapter: lines of text, or of JSON with a "query" where it is a .jsonl."""
-    if path.suffix != ".jsonl":
-        return read_lines(path)
-    return [row["query"] for row in _rows(path, ("query",))]
-
-
-def read_examples(path: Path) -> Mapping[str, Sequence[str]]:
-    """Queries by adapter, from lines like {"adapter": "sql", "query": "..."}."""
-    examples: dict[str, list[str]] = defaultdict(list)
-    for row in _rows(path, ("adapter", "query")):
-        examples[row["adapter"]].append(row["query"])
-    return examples
 
 
 def read_answered(path: Path) -> list[Example]:
@@ -116,17 +99,6 @@ def _messages(turns: object, where: str) -> list[Message]:
         raise BadRequest(f"{where} has messages that are not a list of role and content.")
     assert isinstance(turns, list)
     return [Message(turn["role"], turn["content"]) for turn in turns]
-
-
-def _rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
-    return [_row(line, keys, f"Item {n} of {path}") for n, line in enumerate(read_lines(path), 1)]
-
-
-def _row(line: str, keys: tuple[str, ...], where: str) -> dict[str, str]:
-    row = _object(line, where)
-    if any(not isinstance(row.get(key), str) for key in keys):
-        raise BadRequest(f"{where} lacks text; expected an object with {' and '.join(keys)}.")
-    return row
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 from typer.core import TyperGroup
 
+from loramix.cli.asking import ask_server
 from loramix.cli.fitting import calibrate, fit
 from loramix.cli.flags import Json, Machine, Where, flags
 from loramix.cli.opening import notice, open_base
@@ -21,8 +23,10 @@ from loramix.lm import ROUTER, as_messages, load_router
 from loramix.routers import KINDS, open_router
 
 if TYPE_CHECKING:
-    from loramix.route.feedback import CorrectedRouter, Correction
     from loramix.route.report import Figure, Report
+
+
+SERVER = "http://127.0.0.1:8000"  # where `loramix serve` listens by itself
 
 
 class TextOrCommand(TyperGroup):
@@ -147,48 +151,89 @@ def suggest_(
 @flags
 def feedback(
     where: Where,
-    text: Annotated[str | None, typer.Argument(help="A query; without it, list them.")] = None,
+    trace: Annotated[
+        str | None, typer.Argument(help="Trace id of an answer of a server; without: list.")
+    ] = None,
     right: Annotated[
         str | None, typer.Option(help="The adapter it belongs to, or none for the base.")
     ] = None,
+    query: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The query itself, instead of a trace id.")
+    ] = None,
     undo: Annotated[str | None, typer.Option(help="Take back the correction of this id.")] = None,
-    refit: Annotated[bool, typer.Option(help="Teach the gate, if that costs nothing.")] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help=f"A server's, by an admin's $LORAMIX_API_KEY; with a trace id: {SERVER}.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Correct the router: at once for queries like this one, and for the gate at a refit."""
-    if (text is None) != (right is None) or sum([text is not None, undo is not None, refit]) > 1:
-        raise BadRequest("Expected a text with --right, or --undo ID, or --refit, or nothing.")
-    router = load_router(where.shelf)
-    if refit:
-        _refit(router, where.shelf.folder / ROUTER, as_json)
-        return
-    if undo is not None:
-        found: tuple[Correction, ...] = (router.log.undo(undo),)
-    elif text is not None:
-        found = (router.correct(text, None if right == "none" else right),)
+    about = [each for each in (trace, query, undo) if each is not None]
+    if len(about) > 1 or (right is None) == bool(trace or query):
+        raise BadRequest(
+            "Expected a trace id or --query TEXT with --right, or --undo ID, or nothing."
+        )
+    if trace is not None or server is not None:
+        found = _over_http(server or SERVER, trace, query, right, undo)
     else:
-        found = router.log.corrections()
+        found = _in_library(where, query, right, undo)
     if as_json:
-        print_json({"corrections": [_plain(each) for each in found]})
+        print_json({"corrections": found})
         return
     for each in found:
-        typer.echo(f"{each.id}  {each.right or 'none'}  {_short(each.text)}")
+        typer.echo(f"{each['id']}  {each['right'] or 'none'}  {_short(each['text'])}")
 
 
-def _refit(router: CorrectedRouter, folder: Path, as_json: bool) -> None:
-    from loramix.route.feedback import refit
+def _in_library(
+    where: Where, query: str | None, right: str | None, undo: str | None
+) -> list[dict[str, Any]]:
+    """Correct the library's router, list its corrections, or take one back."""
+    router = load_router(where.shelf)
+    if query is not None:
+        return [_plain(router.correct(query, _adapter(right)))]
+    if undo is not None:
+        return [_plain(router.log.undo(undo))]
+    return [_plain(each) for each in router.log.corrections()]
 
-    with notice("Refitting the router three times ..."):
-        found = refit(router.gate, router.log)
-    if found.router is not None:
-        found.router.save(folder)
-        router.log.join(found.joined)
+
+def _over_http(
+    server: str, trace: str | None, query: str | None, right: str | None, undo: str | None
+) -> list[dict[str, Any]]:
+    """The same of a server's router; it keeps the texts of the last traces."""
+    if undo is not None:
+        return [ask_server(server, "DELETE", f"/v1/feedback/{quote(undo, safe='')}")]
+    if trace is None and query is None:
+        return list(ask_server(server, "GET", "/v1/feedback")["data"])
+    about = {"text": query} if trace is None else {"trace_id": trace}
+    return [ask_server(server, "POST", "/v1/feedback", {**about, "right": _adapter(right)})]
+
+
+def _adapter(right: str | None) -> str | None:
+    return None if right == "none" else right
+
+
+@route.command("refit")
+@flags
+def refit_(where: Where, as_json: Json = False) -> None:
+    """Learn all adapters together anew, and the corrections if that costs nothing."""
+    from loramix.route.refit import refit_in
+
+    load_router(where.shelf)  # says what is missing
+    with notice("Learning all adapters together ..."):
+        found = refit_in(where.shelf.folder / ROUTER)
     if as_json:
-        learned = {"learned": found.router is not None, "joined": list(found.joined)}
-        print_json({**learned, "before": found.before, "after": found.after})
-    else:
-        verdict = f"joined {len(found.joined)}" if found.router else "kept the gate as it was"
-        typer.echo(f"held-out score {found.before:.3f} -> {found.after:.3f}: {verdict}")
+        print_json({**_plain(found), "router": None, "learned": found.router is not None})
+        return
+    verdict = f"joined {len(found.joined)}" if found.router else "kept the gate as it was"
+    judged = (
+        ""
+        if math.isnan(found.before)
+        else f"held-out score {found.before:.3f} -> {found.after:.3f}: "
+    )
+    typer.echo(f"{judged}{verdict}")
 
 
 def _short(text: str) -> str:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from loramix.errors import LoramixError, ServeError, SettingsError
+from loramix.cli.asking import answer, ask_server
+from loramix.errors import ServeError, SettingsError
 
 if TYPE_CHECKING:
     from loramix.serve.app import Server
@@ -103,15 +104,15 @@ def run_one(
     """Answer one request, given as JSON, and print the answer."""
     request = _request(body)
     if url is None:
-        answer = _in_process(_settings(file, assignments), request)
+        said = _in_process(_settings(file, assignments), request)
     elif file or assignments:
         raise SettingsError("--url asks a running server, which has its settings; leave -f out.")
     else:
-        answer = over_http(url, request)
+        said = over_http(url, request)
     if as_json:
-        typer.echo(json.dumps(answer, ensure_ascii=False))
+        typer.echo(json.dumps(said, ensure_ascii=False))
         return
-    for choice in answer["choices"]:
+    for choice in said["choices"]:
         typer.echo(_shown(choice["message"]))
 
 
@@ -210,29 +211,11 @@ def _in_process(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
             return await client.post("/v1/chat/completions", json=request, timeout=None)
 
     with closing(service):
-        return _answer(asyncio.run(ask()))
+        return answer(asyncio.run(ask()))
 
 
 def over_http(url: str, request: dict[str, Any]) -> dict[str, Any]:
-    import httpx2
-
-    key = os.environ.get("LORAMIX_API_KEY", "")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    address = f"{url.rstrip('/')}/v1/chat/completions"
-    try:
-        return _answer(httpx2.post(address, json=request, headers=headers, timeout=None))
-    except httpx2.HTTPError as error:
-        raise ServeError(f"{url} does not answer: {error}; is the server running?") from error
-
-
-def _answer(response: Any) -> dict[str, Any]:
-    try:
-        body: dict[str, Any] = response.json()
-    except ValueError:
-        raise ServeError(f"The server said {response.status_code} without JSON.") from None
-    if response.is_error:
-        raise LoramixError(body.get("error", {}).get("message", f"Status {response.status_code}."))
-    return body
+    return ask_server(url, "POST", "/v1/chat/completions", request)
 
 
 def _shown(message: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -33,11 +33,11 @@ from loramix.chat import Message
 from loramix.errors import RouteError, UnknownAdapter
 from loramix.mix import Mix
 from loramix.route import Decision
-from loramix.route.blend import look, place
+from loramix.route.blend import place
 from loramix.route.gate import GateRouter
 from loramix.route.neighbours import Neighbours
 from loramix.route.ngrams import words
-from loramix.route.rows import Rows, read
+from loramix.route.rows import Batch, read
 from loramix.route.turns import follow, user_turns
 
 NEAR = {False: 0.6, True: 0.8}  # least cosine of a correction that acts: n-grams, sentence vectors
@@ -146,8 +146,7 @@ class FeedbackLog:
 class CorrectedRouter:
     """A router with the corrections beside it; a line added by any process acts on the next query.
 
-    What was corrected follows no earlier turn, and later ones may follow it. Where there are
-    corrections a query is embedded once more.
+    What was corrected follows no earlier turn, and later ones may follow it.
     """
 
     def __init__(self, gate: GateRouter, log: FeedbackLog) -> None:
@@ -174,7 +173,10 @@ class CorrectedRouter:
         exemplars = self._read
         if exemplars.state != self.log.state:
             self._read = exemplars = _Exemplars.of(self.gate, self.log)
-        return exemplars.correct(self.gate, query, self.gate.decide(query))
+        if not words(query):
+            return self.gate.decide(query)
+        batch, tokens = self.gate.read(query)
+        return exemplars.correct(self.gate, query, batch, self.gate.decided(query, batch, tokens))
 
     def correct(self, text: str, right: str | None) -> Correction:
         """Keep a correction; it acts from now on. Raises UnknownAdapter, RouteError."""
@@ -189,6 +191,7 @@ class _Exemplars:
 
     state: tuple[int, int]
     known: tuple[Correction, ...]
+    spoken: tuple[list[str], ...]  # the words of each
     places: Neighbours
 
     @classmethod
@@ -198,13 +201,12 @@ class _Exemplars:
         texts = tuple(c.text for c in known)
         rows = place(read(texts or ("",), gate.ngrams, gate.encoder), gate.gate)
         labels = np.array([_label(gate, c) for c in known], np.int64)
-        return cls(state, known, Neighbours(rows, labels, np.arange(len(known)), texts))
+        spoken = tuple(words(text) for text in texts)
+        return cls(state, known, spoken, Neighbours(rows, labels, np.arange(len(known)), texts))
 
-    def correct(self, gate: GateRouter, query: str, decision: Decision) -> Decision:
+    def correct(self, gate: GateRouter, query: str, batch: Batch, decision: Decision) -> Decision:
         """The decision, or that of the nearest correction if it is near enough."""
-        if not self.known or not words(query):
-            return decision
-        last, near = self._nearest(gate, query)
+        last, near = self._nearest(gate, query, batch)
         if last is None:
             return decision
         right = self.known[last].right
@@ -216,74 +218,23 @@ class _Exemplars:
         reasons, id = (reason, *decision.reasons), self.known[last].id
         return replace(decision, mix=mix, reasons=reasons, correction=id)
 
-    def _nearest(self, gate: GateRouter, query: str) -> tuple[int | None, float]:
+    def _nearest(self, gate: GateRouter, query: str, batch: Batch) -> tuple[int | None, float]:
         """Which correction decides, if one does, and its cosine; the newest of the same words."""
-        same = [i for i, c in enumerate(self.known) if words(c.text) == words(query)]
-        if same:
+        if not self.known:
+            return None, 0.0
+        said = words(query)
+        if same := [i for i, spoken in enumerate(self.spoken) if spoken == said]:
             return same[-1], 1.0
-        here = place(read([query], gate.ngrams, gate.encoder), gate.gate)
+        here = place(batch, gate.gate)
         cosines = self.places.similarities(here)[0]
         best = int(cosines.argmax())
+        near = float(cosines[best])
+        if near < NEAR[gate.encoder is not None]:
+            return None, near
         others = gate.neighbours.labels != self.places.labels[best]
         rival = gate.neighbours.similarities(here)[0][others].max(initial=-1)
-        near = float(cosines[best])
-        decides = near >= NEAR[gate.encoder is not None] and near >= rival - TIE
-        return (best if decides else None), near
+        return (best if near >= rival - TIE else None), near
 
 
 def _label(gate: GateRouter, correction: Correction) -> int:
     return -1 if correction.right is None else gate.adapters.index(correction.right)
-
-
-class Refit(NamedTuple):
-    """What came of a refit; scores are shares of held-out rows that are decided right."""
-
-    router: GateRouter | None  # None if the score fell: nothing was learned
-    before: float
-    after: float
-    joined: tuple[str, ...]  # the corrections that the gate learned anew
-
-
-def refit(gate: GateRouter, log: FeedbackLog) -> Refit:
-    """Teach the gate the corrections of a log, unless that costs anything on held-out rows.
-
-    A fifth of its own rows is held out, and both routers are fitted without. What was joined before
-    and taken back since is left out again. The caller saves the router, then joins the corrections.
-    """
-    active = [c for c in log.corrections() if c.right is None or c.right in gate.adapters]
-    dropped = {(c.right or "", c.text) for c in log.learned()}
-    own = {
-        name: [text for text in texts if (name, text) not in dropped]
-        for name, texts in gate.examples.items()
-    }
-    joined = tuple(c.id for c in active if c.text not in own[c.right or ""])
-    rows = gate.rows()
-    mask = rows.fold(0)
-    held = rows.take(np.flatnonzero(mask))
-    hidden = set(held.texts)
-    rest = {name: [t for t in texts if t not in hidden] for name, texts in own.items()}
-    before = score(gate.refitted(rest), held)
-    after = score(gate.refitted(_taught(rest, active)), held)
-    if after < before:
-        return Refit(None, before, after, ())
-    return Refit(gate.refitted(_taught(own, active)), before, after, joined)
-
-
-def score(gate: GateRouter, rows: Rows) -> float:
-    """Share of rows whose first choice is their adapter, or the base for the background's."""
-    evidence = look(rows.batch, gate.gate, gate.neighbours)
-    winner = evidence.log_probs[:, :-1].argmax(axis=1)
-    fits = gate.abstain.scores(evidence) >= np.asarray(gate.abstain.thresholds)[winner]
-    choice = np.where(fits, winner, rows.none)
-    return float(np.mean(choice == rows.labels)) if len(choice) else 1.0
-
-
-def _taught(
-    examples: Mapping[str, Sequence[str]], corrections: Sequence[Correction]
-) -> dict[str, list[str]]:
-    """Examples with each corrected text under the adapter that is right, and no other."""
-    right = {c.text: c.right or "" for c in corrections}  # the newest word on a text
-    found = {name: [t for t in texts if t not in right] for name, texts in examples.items()}
-    for text, name in right.items():
-        found[name].append(text)
-    return found

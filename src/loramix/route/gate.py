@@ -18,15 +18,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
+from loramix.adapter import Card
 from loramix.chat import Message
 from loramix.errors import RouteError, UnknownAdapter
 from loramix.mix import Mix
-from loramix.route import Decision, Near, to_mix
+from loramix.route import Decision, to_mix
 from loramix.route.abstain import (
     SIGNS,
     Abstain,
@@ -44,8 +46,9 @@ from loramix.route.encode import Encoder, TokenEncoder, Tokens, default_encoder
 from loramix.route.halves import Halves, cut
 from loramix.route.learn import calibrate, fit_gate, store
 from loramix.route.neighbours import Neighbours
+from loramix.route.newcomer import FALSE, card_texts, joined, parted
 from loramix.route.ngrams import Floats, NgramEncoder, words
-from loramix.route.reasons import information, nearest, quoted, seam, strongest, verdict
+from loramix.route.reasons import information, nearest, said, seam, strongest, verdict
 from loramix.route.rows import Batch, Rows, collect, read
 from loramix.route.softmax import log_softmax
 from loramix.route.turns import follow, user_turns
@@ -71,6 +74,8 @@ class GateRouter:
     encoder: Encoder | None  # None: n-grams alone
     top: int = 2  # most adapters in one mix
     fades: bool = False  # weights sum to 1 - P(none), but where each half has an adapter of its own
+    cards: frozenset[str] = frozenset()  # adapters known by their cards alone
+    fresh: frozenset[str] = frozenset()  # those that joined since all were learned together
 
     @classmethod
     def fit(
@@ -81,18 +86,25 @@ class GateRouter:
         keep: float = 0.95,
         top: int = 2,
         foreign: Sequence[str] | None = None,
+        cards: Sequence[Card] = (),
     ) -> GateRouter:
         """Learn from queries of each adapter; the same input gives the same router.
 
         `encoder` defaults to the sentence encoder when its package is installed; NgramEncoder()
         means n-grams alone. `keep` is the share of an adapter's own queries that must not fall to
-        the base. `foreign` replaces the packaged queries that belong to no adapter.
+        the base. `foreign` replaces the packaged queries that belong to no adapter. `cards` are of
+        adapters that start cold: those among them that have no examples.
         """
         chosen = default_encoder() if encoder is None else encoder
         ngrams = chosen if isinstance(chosen, NgramEncoder) else NgramEncoder()
         sentence = None if isinstance(chosen, NgramEncoder) else chosen
-        rows = collect(examples, background() if foreign is None else foreign, ngrams, sentence)
-        return cls._fitted(rows, ngrams, sentence, keep, top)
+        cold = [card for card in cards if card.name not in examples]
+        own = examples or {card.name: card_texts(card) for card in cold}
+        rows = collect(own, background() if foreign is None else foreign, ngrams, sentence)
+        router = cls._fitted(rows, ngrams, sentence, keep, top)
+        if not examples:
+            return replace(router, cards=frozenset(own))
+        return reduce(GateRouter.introduce, cold, router)
 
     @classmethod
     def _fitted(
@@ -137,14 +149,35 @@ class GateRouter:
         return saved.load(folder, encoder)
 
     def add(self, name: str, examples: Sequence[str]) -> GateRouter:
-        """A router that also knows this adapter, or knows it anew; refitted from stored rows."""
-        return self.refitted({**self.examples, name: tuple(examples)})
+        """A router that also knows this adapter, or knows it anew, at once; see newcomer.py.
+
+        The others' weights stand. It is `fresh` until `refit` learns all of them together.
+        """
+        if self.adapters == (name,):
+            alone = replace(self, cards=frozenset())
+            return alone.refitted({name: tuple(examples), "": self.examples[""]})
+        rest = parted(self, name) if name in self.adapters else self
+        return replace(joined(rest, name, examples), fresh=rest.fresh | {name})
+
+    def introduce(self, card: Card) -> GateRouter:
+        """A router that knows an adapter by its card, cold, until `add` brings examples."""
+        grown = self.add(card.name, card_texts(card))
+        return replace(grown, cards=grown.cards | {card.name}, fresh=grown.fresh - {card.name})
+
+    def meet(self, card: Card, examples: Sequence[str] = ()) -> GateRouter | None:
+        """`add` if there are examples, `introduce` if none are known; None if they stay."""
+        if examples:
+            return self.add(card.name, examples)
+        known = card.name in self.adapters and card.name not in self.cards
+        return None if known else self.introduce(card)
 
     def remove(self, name: str) -> GateRouter:
-        """A router without this adapter. Raises UnknownAdapter."""
+        """A router without this adapter, at once. Raises UnknownAdapter; the last one stays."""
         if name not in self.adapters:
             raise UnknownAdapter(name, self.adapters)
-        return self.refitted({k: v for k, v in self.examples.items() if k != name})
+        if self.adapters == (name,):
+            raise RouteError(f"{name!r} is the router's last adapter; delete the router instead.")
+        return parted(self, name)
 
     def tuned(self, fresh: Mapping[str, Sequence[str]], *, keep: float | None = None) -> GateRouter:
         """The same gate with the thresholds of some adapters set by queries it has not learned.
@@ -221,11 +254,23 @@ class GateRouter:
             return np.zeros((0, len(SIGNS)), np.float32)
         return signs(look(read(texts, self.ngrams, self.encoder), self.gate, self.neighbours))
 
+    def refit(self) -> GateRouter:
+        """All adapters learned together from the stored examples."""
+        return self.refitted(self.examples)
+
     def refitted(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
-        """The same settings for other examples; the background, under "", is among them."""
-        rows = self._collected(examples)
+        """The same settings for other examples; the background, under "", is among them.
+
+        A card's few words would weigh as much as another's thousand rows, so adapters known by
+        their cards join afterwards, unless there are no others.
+        """
+        cold = self.cards & examples.keys()
+        known = {name: texts for name, texts in examples.items() if name not in cold}
+        rows = self._collected(known if known.keys() > {""} else examples)
         fitted = self._fitted(rows, self.ngrams, self.encoder, self.keep, self.top)
-        return replace(fitted, fades=self.fades)
+        for name in sorted(cold - {*rows.adapters}):
+            fitted = joined(fitted, name, examples[name])
+        return replace(fitted, cards=cold, fades=self.fades)
 
     def rows(self) -> Rows:
         """All it was fitted from, numbered."""
@@ -260,11 +305,14 @@ class GateRouter:
 
     def decide(self, query: str) -> Decision:
         """The decision on one text, whatever came before it."""
-        started = time.perf_counter()
         if not words(query):
             scores = dict.fromkeys(self.adapters, 0.0)
             return Decision(Mix(), scores, 1.0, ("base: the query has no words to route on",), 0.0)
-        batch, tokens = self.read(query)
+        return self.decided(query, *self.read(query))
+
+    def decided(self, query: str, batch: Batch, tokens: Tokens | None) -> Decision:
+        """The decision on a text with words, as it was read."""
+        started = time.perf_counter()
         evidence, cosines = compare(batch, self.gate, self.neighbours)
         log_probs = evidence.log_probs[0, :-1]
         winner = int(log_probs.argmax())
@@ -273,7 +321,8 @@ class GateRouter:
         probabilities = self._probabilities(evidence)[0]
         near = nearest(self.neighbours, self.adapters, cosines[0])
         strong = strongest(self.gate, self.ngrams, query, winner)
-        mix, why = Mix(), verdict(self.adapters[winner], score, threshold, self.keep)
+        name = self.adapters[winner]
+        mix, why = Mix(), verdict(name, score, threshold, self._target(name))
         if two := self._two(query, evidence.log_probs[0], tokens):
             mix, why = two
         elif fits:
@@ -286,16 +335,29 @@ class GateRouter:
             mix=mix,
             scores=dict(zip(self.adapters, probabilities[:-1].tolist(), strict=True)),
             none=float(probabilities[-1]),
-            reasons=(why, *self._reasons(winner, near, strong)),
+            reasons=(why, *said(name, near, strong), *self._cold(name)),
             latency_ms=(time.perf_counter() - started) * 1e3,
             nearest=near,
             words=strong,
-            coldness=self.coldness(self.adapters[winner]),
+            coldness=self.coldness(name),
         )
 
     def coldness(self, adapter: str) -> float:
-        """0 from COLD examples of an adapter on; near 1 if it is known by its card alone."""
+        """0 from COLD examples of an adapter on; 1 if it is known by its card alone."""
+        if adapter in self.cards:
+            return 1.0
         return max(0.0, 1 - len(self.examples[adapter]) / COLD)
+
+    def _cold(self, name: str) -> list[str]:
+        """That an adapter is cold, and why."""
+        known = "its card" if name in self.cards else f"{len(self.examples[name])} examples"
+        return [f"cold: {name} is known by {known} only"] if self.coldness(name) else []
+
+    def _target(self, name: str) -> str:
+        """What an adapter's threshold stands for."""
+        if self.coldness(name) and name in self.cards | self.fresh:
+            return f"which {FALSE:.0%} of foreign queries reach at most"
+        return f"the least of {self.keep:.1%} of {name}'s own queries"
 
     def read(self, query: str) -> tuple[Batch, Tokens | None]:
         """One query, and its tokens if they serve to look for two skills in it."""
@@ -336,15 +398,6 @@ class GateRouter:
         none = 1 / (1 + np.exp(self.abstain.scores(evidence).clip(-30, 30)))
         adapters = np.exp(log_softmax(evidence.log_probs[:, :-1])) * (1 - none[:, None])
         return np.concatenate([adapters, none[:, None]], axis=1)
-
-    def _reasons(self, winner: int, near: Sequence[Near], strong: Sequence[str]) -> tuple[str, ...]:
-        name = self.adapters[winner]
-        found = [f"near {n.cosine:.2f} {n.adapter}: {quoted(n.text)}" for n in near]
-        if strong:
-            found.append(f"words for {name}: {', '.join(strong)}")
-        if self.coldness(name):
-            found.append(f"cold: {name} is known by {len(self.examples[name])} examples only")
-        return tuple(found)
 
 
 def _share(name: str, value: float) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
 import numpy as np
 
-from loramix.route.ngrams import Floats, Ints, Sparse
+from loramix.route.ngrams import Floats, Ints, Sparse, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,25 @@ class Neighbours:
         """Where some of the examples lie."""
         return self.rows.take(examples) if isinstance(self.rows, Sparse) else self.rows[examples]
 
+    def over(self, before: Vocabulary, after: Vocabulary) -> Neighbours:
+        """The same examples in the columns of a wider vocabulary."""
+        if not isinstance(self.rows, Sparse):
+            return self
+        columns = np.searchsorted(after.columns, before.columns)[self.rows.columns]
+        return replace(self, rows=self.rows._replace(columns=columns))
+
+    def with_class(self, label: int, rows: Floats | Sparse, texts: tuple[str, ...]) -> Neighbours:
+        """The first examples of one more adapter put in; labels from its own on move up."""
+        labels = np.r_[self.labels + (self.labels >= label), np.full(len(texts), label)]
+        order = np.argsort(labels, kind="stable")
+        all_texts = (*self.texts, *texts)
+        return Neighbours(
+            _joined(self.rows, rows, order),
+            labels[order],
+            np.r_[self.ranks, np.arange(len(texts))][order],
+            tuple(all_texts[i] for i in order),
+        )
+
     @cached_property
     def _firsts(self) -> list[int]:
         """Where the examples of each adapter begin, and where the last one's end."""
@@ -61,6 +80,12 @@ class Neighbours:
         if isinstance(self.rows, Sparse):
             return self.rows.part(part).dot(query[:, None])[:, 0]
         return cast(Floats, self.rows[part] @ query)
+
+
+def _joined(first: Floats | Sparse, second: Floats | Sparse, order: Ints) -> Floats | Sparse:
+    if isinstance(first, Sparse) and isinstance(second, Sparse):
+        return first.followed_by(second).take(order)
+    return cast(Floats, np.concatenate([first, second])[order])
 
 
 def _count(rows: Floats | Sparse) -> int:

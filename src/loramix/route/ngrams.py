@@ -53,6 +53,14 @@ class Sparse(NamedTuple):
         where = np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], lengths)
         return Sparse(starts, self.columns[where], self.values[where])
 
+    def followed_by(self, others: Sparse) -> Sparse:
+        """These rows, and then the others."""
+        return Sparse(
+            np.r_[self.starts, others.starts[1:] + self.starts[-1]],
+            np.r_[self.columns, others.columns],
+            np.r_[self.values, others.values],
+        )
+
     def squares(self) -> Floats:
         """The squared length of each row, [N]."""
         row = np.repeat(np.arange(self.num_rows), np.diff(self.starts))
@@ -178,6 +186,13 @@ class Vocabulary:
         total = counts.num_rows + 1
         idf = np.log(total / (1 + rows[known])) + 1
         return cls(columns[known], idf.astype(np.float32), float(np.log(total / 2) + 1))
+
+    def wider(self, counts: Sparse) -> Vocabulary:
+        """With every column of some rows; those that are new say as much as an unknown one did."""
+        columns = np.union1d(self.columns, counts.columns)
+        idf = np.full(len(columns), self.rare, np.float32)
+        idf[np.searchsorted(columns, self.columns)] = self.idf
+        return Vocabulary(columns, idf, self.rare)
 
     def places(self, columns: Ints) -> tuple[Ints, NDArray[np.bool_]]:
         """Which of some columns are known, and where those stand."""

@@ -48,17 +48,19 @@ def information(gate: Gate, ngrams: NgramEncoder, text: str) -> float:
     return float((idf - 1).sum())
 
 
-def verdict(name: str, score: float, threshold: float, keep: float) -> str:
+def verdict(name: str, score: float, threshold: float, target: str) -> str:
     """Why the base or not: the in-scope score, in log-odds, against the winner's threshold."""
     choice, verb = (name, "reaches") if score >= threshold else ("base", "is below")
-    return (
-        f"{choice}: in-scope score {score:.2f} {verb} {threshold:.2f}, "
-        f"the least of {keep:.1%} of {name}'s own queries"
-    )
+    return f"{choice}: in-scope score {score:.2f} {verb} {threshold:.2f}, {target}"
+
+
+def said(name: str, near: Sequence[Near], strong: Sequence[str]) -> list[str]:
+    found = [f"near {n.cosine:.2f} {n.adapter}: {quoted(n.text)}" for n in near]
+    return [*found, f"words for {name}: {', '.join(strong)}"] if strong else found
 
 
 def seam(names: Sequence[str], parts: Sequence[str]) -> str:
-    """Why two adapters: which part of the query is whose."""
+    """Which adapter answers which part of a query."""
     found = zip(names, parts, strict=True)
     return "two skills: " + " and ".join(f"{name} in {quoted(part)}" for name, part in found)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +89,34 @@ class Rows:
         for text, label in zip(self.texts, self.labels, strict=True):
             found[(*self.adapters, "")[label]].append(text)
         return {name: tuple(texts) for name, texts in found.items()}
+
+
+def read_queries(path: Path) -> list[str]:
+    """The queries of one adapter in a file: lines of text, or of JSON where it is a .jsonl.
+
+    A line of JSON has a "text", or a "query". Raises RouteError, naming the line.
+    """
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise RouteError(f"{path.name} is not UTF-8 text; expected one query a line.") from error
+    found = {n: line.strip() for n, line in enumerate(lines, 1) if line.strip()}
+    if not found:
+        raise RouteError(f"{path.name} is empty; expected one query a line.")
+    if path.suffix != ".jsonl":
+        return list(found.values())
+    return [_query(line, f"Line {n} of {path.name}") for n, line in found.items()]
+
+
+def _query(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+        said = row.get("text", row.get("query"))
+    except (ValueError, AttributeError) as error:
+        raise RouteError(f"{where} is no JSON object; expected one a line.") from error
+    if not isinstance(said, str):
+        raise RouteError(f'{where} has no query; expected {{"text": "..."}}.')
+    return said
 
 
 def collect(

@@ -58,6 +58,15 @@ def load(folder: Path, encoder: Encoder | None) -> GateRouter:
         raise RouteError(f"The router in {folder} is damaged ({reason}); fit it again.") from error
 
 
+def state(folder: Path) -> tuple[int, int]:
+    """Changes whenever another router is saved here."""
+    try:
+        found = (folder / FACTS).stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_ino
+
+
 def _facts(router: GateRouter) -> dict[str, Any]:
     abstain = router.abstain
     return {
@@ -69,6 +78,8 @@ def _facts(router: GateRouter) -> dict[str, Any]:
         "examples": {name: len(texts) for name, texts in router.examples.items() if name},
         "top": router.top,
         "fades": router.fades,
+        "cards": sorted(router.cards),
+        "fresh": sorted(router.fresh),
         "blend": asdict(router.gate.blend),
         "abstain": {
             "weights": list(abstain.weights),
@@ -129,6 +140,8 @@ def _router(
         encoder=encoder,
         top=int(facts["top"]),
         fades=facts.get("fades", False),
+        cards=frozenset(facts.get("cards", ())),
+        fresh=frozenset(facts.get("fresh", ())),
     )
 
 

@@ -37,6 +37,10 @@ class Softmax:
         kept = np.setdiff1d(np.arange(len(self.bias)), classes)
         return Softmax(self.weights[:, kept], self.bias[kept])
 
+    def with_blank(self, column: int) -> Softmax:
+        """The same model with a class put in that says nothing yet."""
+        return Softmax(np.insert(self.weights, column, 0, axis=1), np.insert(self.bias, column, 0))
+
 
 def log_softmax(logits: NDArray[np.floating[Any]]) -> Floats:
     """Over the last axis."""
@@ -52,10 +56,8 @@ def fit_softmax(
     Every class weighs the same however many rows it has, so a big data set cannot swamp a small
     one. `start` has a column per class, each of which has a row at least. Deterministic.
     """
-    counts = np.bincount(labels)
-    classes = len(counts)
-    balance = (strength * len(labels) / (classes * counts[labels])).astype(np.float32)[:, None]
-    target = np.eye(classes, dtype=np.float32)[labels]
+    balance = _balance(labels, strength)[:, None]
+    target = np.eye(len(start.bias), dtype=np.float32)[labels]
     data, transposed = _operators(rows, len(start.weights))
 
     def loss(packed: Floats) -> tuple[float, Floats]:
@@ -68,6 +70,38 @@ def fit_softmax(
 
     found = minimise(loss, np.vstack([start.weights, start.bias]), steps)
     return Softmax(found[:-1], found[-1])
+
+
+def fit_column(
+    rows: Rows, labels: Ints, start: Softmax, column: int, *, strength: float, steps: int = 50
+) -> Softmax:
+    """What `fit_softmax` minimises, over one class; the others' weights stand.
+
+    That is a logistic regression of the class against all others together, whose odds are known.
+    """
+    balance = _balance(labels, strength)
+    target = (labels == column).astype(np.float32)
+    data, transposed = _operators(rows, len(start.weights))
+    others = start.without(np.array([column]))
+    rest = np.logaddexp.reduce(data @ others.weights + others.bias, axis=1)
+
+    def loss(packed: Floats) -> tuple[float, Floats]:
+        weights, odds = packed[:-1], data @ packed[:-1] + packed[-1] - rest
+        error = balance * (1 / (1 + np.exp(-odds)) - target)
+        slope = np.r_[transposed @ error + weights, error.sum(dtype=np.float32)]
+        nll = balance * (np.logaddexp(0, odds) - target * odds)
+        return float(nll.sum(dtype=np.float64)) + 0.5 * float(np.vdot(weights, weights)), slope
+
+    found = minimise(loss, np.r_[start.weights[:, column], start.bias[column]], steps)
+    weights, bias = start.weights.copy(), start.bias.copy()
+    weights[:, column], bias[column] = found[:-1], found[-1]
+    return Softmax(weights, bias)
+
+
+def _balance(labels: Ints, strength: float) -> Floats:
+    """What each row weighs when every class weighs the same, [N]."""
+    counts = np.bincount(labels)
+    return (strength * len(labels) / (len(counts) * counts[labels])).astype(np.float32)
 
 
 def minimise(

@@ -25,6 +25,7 @@ from loramix.errors import BadRequest
 from loramix.formats.card import write_card
 from loramix.formats.folder import CARD, CONFIG, SAFE
 from loramix.mix import Mix, check_name
+from loramix.route.rows import read_queries
 from loramix.serve import uploads
 from loramix.serve.answering import check_system
 from loramix.serve.failures import Plain, body
@@ -34,7 +35,8 @@ from loramix.serve.service import ADMIN, Asking, Service, Serving
 from loramix.serve.wire import LoraScale, Text, Wire
 
 router = APIRouter(tags=["Adapters"], dependencies=ADMIN)
-FILES = (CONFIG, CARD, *SAFE)
+QUERIES = "examples.jsonl"  # that its router learns: {"text": "..."} a line
+FILES = (CONFIG, CARD, *SAFE, QUERIES)
 TEXT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
@@ -170,6 +172,7 @@ async def change(name: str, patch: CardPatch, service: Serving) -> CardBody:
     card = dataclasses.replace(library.card(name), **(said | lists))
     with uploads.stored():
         write_card(card, library.path(name))
+        await asyncio.to_thread(service.learn, card, ())
     return _body(card, service)
 
 
@@ -178,6 +181,7 @@ async def delete(name: str, service: Serving) -> dict[str, str]:
     """Delete an adapter's files. Answers that use it go on; nobody can ask for it any more."""
     with uploads.stored():
         await asyncio.to_thread(service.lm.library.remove, name)
+        await asyncio.to_thread(service.unlearn, name)
     service.lm.engine.forget(name)
     return {"deleted": name}
 
@@ -187,7 +191,11 @@ _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 
 @router.post("/v1/adapters/{name}/files", openapi_extra=uploads.described("files", _FILES))
 async def upload(name: str, request: Request, service: Serving, replace: bool = False) -> CardBody:
-    """Take in an adapter from the files of its folder: PEFT's or MLX's, with a card or without."""
+    """Take in an adapter from the files of its folder: PEFT's or MLX's, with a card or without.
+
+    The router knows it at once: by its card, or by the queries of an `examples.jsonl`, with lines
+    like {"text": "..."}, which it learns together with all others in the background.
+    """
     check_name(name)
     if name in service.lm.library.names() and not replace:
         raise BadRequest(f"There is an adapter {name!r} already; ask for replace=true, or rename.")
@@ -217,6 +225,7 @@ async def _take_in(service: Service, folder: Path, name: str, *, replace: bool) 
     """
     check_name(name)
     library, engine = service.lm.library, service.lm.engine
+    queries = read_queries(folder / QUERIES) if (folder / QUERIES).is_file() else []
     trial = f"trial-{token_hex(6)}"
 
     def take_in() -> None:
@@ -234,6 +243,8 @@ async def _take_in(service: Service, folder: Path, name: str, *, replace: bool) 
         await asyncio.to_thread(take_in)
     service.live.hidden.discard(name)
     engine.forget(name)
+    with _kept():
+        await asyncio.to_thread(service.learn, card, queries)
 
 
 def _body(card: Card, service: Service) -> CardBody:

@@ -31,6 +31,7 @@ from loramix.serve.failures import (
     on_invalid,
     on_loramix_error,
 )
+from loramix.serve.relearning import keep_learned
 from loramix.serve.service import Service
 from loramix.serve.wire import require_known_query
 
@@ -78,7 +79,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._service = service
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self._expiring: asyncio.Task[None] | None = None
 
     @contextmanager
@@ -104,7 +105,8 @@ class Server(uvicorn.Server):
         if self._service.training:
             from loramix.serve.following import watch
 
-            self._watching = asyncio.create_task(watch(self._service))
+            watches = (watch(self._service), keep_learned(self._service))
+            self._watching = [asyncio.create_task(each) for each in watches]
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.live.is_ending = True
@@ -113,8 +115,7 @@ class Server(uvicorn.Server):
         await runs.ended(self._service)
         if self._expiring:
             self._expiring.cancel()
-        if self._watching:
-            await asyncio.gather(self._watching, return_exceptions=True)
+        await asyncio.gather(*self._watching, return_exceptions=True)
         ending.cancel()
 
     async def _end(self) -> None:

@@ -15,8 +15,9 @@ from loramix.formats.config import interpret, load_config
 from loramix.formats.folder import CONFIG, find_weights
 from loramix.formats.hub import is_hub_id
 from loramix.library import Library
-from loramix.lm import check_mix, has_router, own_library
+from loramix.lm import ROUTER, check_mix, has_router, own_library
 from loramix.mix import Mix
+from loramix.route.saved import state
 from loramix.serve.service import Live, Service
 from loramix.serve.settings import AdapterSettings, BaseSettings, Settings
 
@@ -75,7 +76,7 @@ def open_service(settings: Settings, *, insecure: bool = False) -> Service:
         log_prompts=settings.log_prompts,
         cors=settings.cors,
         system_prompts={a.name: a.system_prompt for a in settings.all_adapters if a.system_prompt},
-        live=Live(default=settings.mix),
+        live=Live(default=settings.mix, router=state(shelf.folder / ROUTER)),
     )
 
 

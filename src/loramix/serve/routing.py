@@ -94,6 +94,17 @@ async def feedback(given: FeedbackGiven, service: Serving) -> CorrectionBody:
     return _body(made)
 
 
+class CorrectionList(BaseModel):
+    data: list[CorrectionBody]
+
+
+@router.get("/v1/feedback", dependencies=ADMIN)
+async def list_corrections(service: Serving) -> CorrectionList:
+    """All that were not taken back, oldest first."""
+    found = await asyncio.to_thread(_corrected(service).log.corrections)
+    return CorrectionList(data=[_body(each) for each in found])
+
+
 @router.delete("/v1/feedback/{id}", dependencies=ADMIN)
 async def undo(id: str, service: Serving) -> CorrectionBody:
     """Take a correction back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, Request
 
 from loramix.errors import AdapterError, EngineError, NotAllowed, ServeError, UnknownAdapter
-from loramix.lm import LM, has_router, load_router
+from loramix.lm import LM, ROUTER, has_router, load_router
 from loramix.mix import Mix
+from loramix.route.feedback import CorrectedRouter
+from loramix.route.gate import GateRouter
+from loramix.route.saved import state
 from loramix.serve.limits import Limits
 from loramix.serve.meter import Meter
 
 if TYPE_CHECKING:
+    from loramix.adapter import Card
     from loramix.library import Library
     from loramix.route import Router
     from loramix.serve.training import Training
@@ -38,6 +42,8 @@ class Live:
     routed: dict[str, str] = field(default_factory=dict)  # the latest texts by trace id
     is_ending: bool = False
     beginning: Lock = field(default_factory=Lock)  # of jobs: one after the other
+    learning: Lock = field(default_factory=Lock)  # the router: one change after the other
+    router: tuple[int, int] = (0, 0)  # the state in which it was read or saved
     writes: set[asyncio.Task[Any]] = field(default_factory=set)  # of answers that were stopped
     runs: dict[str, asyncio.Task[Any]] = field(default_factory=dict)  # workflow tasks at work here
     started: int = field(default_factory=lambda: int(time()))
@@ -94,7 +100,39 @@ class Service:
     def reload_router(self) -> None:
         """Route by the library's router as it is now, unless the settings have another."""
         if self.training and self.training.refits and has_router(self.lm.library):
-            self.lm.router = self.reopened(self.lm.library)
+            with self.live.learning:
+                if state(self._routed_by) != self.live.router:
+                    self._reopen()
+
+    def learn(self, card: Card, queries: Sequence[str]) -> None:
+        """Route to an adapter from now on: by queries of it, else by its card.
+
+        Nothing happens where the settings have another router, or there is none.
+        """
+        self._change(lambda gate: gate.meet(card, queries))
+
+    def unlearn(self, name: str) -> None:
+        """Route to an adapter no more, unless it is the only one."""
+        self._change(lambda gate: gate.remove(name) if {name} < {*gate.adapters} else None)
+
+    def _change(self, change: Callable[[GateRouter], GateRouter | None]) -> None:
+        """Change the library's router on the disk, where the settings' own are not in it."""
+        with self.live.learning:
+            known = self.lm.router
+            if not isinstance(known, CorrectedRouter) or not has_router(self.lm.library):
+                return
+            encoder = known.gate.encoder or known.gate.ngrams
+            if grown := change(GateRouter.load(self._routed_by, encoder=encoder)):
+                grown.save(self._routed_by)
+                self._reopen()
+
+    @property
+    def _routed_by(self) -> Path:
+        return self.lm.library.folder / ROUTER
+
+    def _reopen(self) -> None:
+        self.live.router = state(self._routed_by)
+        self.lm.router = self.reopened(self.lm.library)
 
     @property
     def default_mix(self) -> str:
