@@ -175,13 +175,16 @@ def test_a_router_is_fitted_from_examples(loramix, shop):
     subprocess.run(["rm", "-r", str(library / "_router")], check=True)
     where = ["--base", shop.base, "--library", str(library)]
     loramix("ask", SQL, *where, status=1)
-    assert "router fit" in loramix.err
-    rows = [{"adapter": "sql", "query": f"list {what}"} for what in "abcdefghijkl"]
-    rows += [{"adapter": "banking", "query": f"my card {what}"} for what in "abcdefghijkl"]
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    fit = ["router", "fit", "--examples", "rows.jsonl", "--library", str(library)]
-    loramix(*fit, "--encoder", "ngrams")
-    assert json.loads(loramix("route", "my card x", *where, "--json"))["mix"].startswith("banking")
+    assert "route fit" in loramix.err
+    fit = ["route", "fit", "--library", str(library), "--encoder", "ngrams"]
+    loramix(*fit, labelled({"text": "hi", "route": "nobody"}), status=1)
+    assert "No adapter 'nobody'" in loramix.err
+    loramix(*fit, labelled(*[{"text": f"list {what}", "route": "sql"} for what in "abcdefghijkl"]))
+    assert "banking has no examples: it is known by its card." in loramix.err
+    decision = json.loads(loramix("route", "i mean banking", *where, "--json"))
+    assert (decision["mix"], decision["coldness"]) == ("banking", 1)
+    loramix(*fit)
+    assert json.loads(loramix("route", "i mean sql", *where, "--json"))["mix"] == "sql"
 
 
 def test_version_and_bare_words(loramix):
@@ -271,15 +274,17 @@ def test_the_router_is_corrected_and_the_correction_undone(loramix, shop):
     shutil.copytree(shop.library, "library")
     where = ("--library", "library")
     assert loramix("route", BANKING, *where).splitlines()[0] == "banking"
-    made = loramix("route", "feedback", BANKING, "--right", "none", *where)
+    made = loramix("route", "feedback", "--query", BANKING, "--right", "none", *where)
     assert loramix("route", "feedback", *where) == made
     assert loramix("route", BANKING, *where).splitlines()[0] == "base"
     loramix("route", "feedback", "--undo", made.split()[0], *where)
     assert loramix("route", BANKING, *where).splitlines()[0] == "banking"
     assert json.loads(loramix("route", "feedback", *where, "--json")) == {"corrections": []}
-    loramix("route", "feedback", BANKING, *where, status=1)
+    loramix("route", "feedback", "--query", BANKING, *where, status=1)
     assert "--right" in loramix.err
-    assert "held-out score" in loramix("route", "feedback", "--refit", *where)
+    assert "kept the gate" in loramix("route", "refit", *where)
+    loramix("route", "feedback", "--query", BANKING, "--right", "sql", *where)
+    assert "held-out score" in loramix("route", "refit", *where)
 
 
 def test_a_router_learns_who_answers_best(loramix, shop):

@@ -103,9 +103,12 @@ def read_queries(path: Path) -> list[str]:
     found = {n: line.strip() for n, line in enumerate(lines, 1) if line.strip()}
     if not found:
         raise RouteError(f"{path.name} is empty; expected one query a line.")
-    if path.suffix != ".jsonl":
-        return list(found.values())
-    return [_query(line, f"Line {n} of {path.name}") for n, line in found.items()]
+    queries = [*found.values()]
+    if path.suffix == ".jsonl":
+        queries = [_query(line, f"Line {n} of {path.name}") for n, line in found.items()]
+    if not any(map(words, queries)):
+        raise RouteError(f"No line of {path.name} has a word in it; expected queries.")
+    return queries
 
 
 def _query(line: str, where: str) -> str:

@@ -243,8 +243,8 @@ async def _take_in(service: Service, folder: Path, name: str, *, replace: bool) 
         await asyncio.to_thread(take_in)
     service.live.hidden.discard(name)
     engine.forget(name)
-    with _kept():
-        await asyncio.to_thread(service.learn, card, queries)
+    with uploads.stored():
+        await asyncio.to_thread(service.learn, library.card(name), queries)
 
 
 def _body(card: Card, service: Service) -> CardBody:
