@@ -167,7 +167,7 @@ def test_what_cannot_be_mixed_or_routed_is_refused(faked, lm, shop):
         lm.ask("hi", mix="bankin", sampling=GREEDY)
     with pytest.raises(MixSyntaxError):
         faked.ask("hi", mix="sql:much")
-    with pytest.raises(RouteError, match="router fit"):
+    with pytest.raises(RouteError, match="route fit"):
         LM(FakeEngine(), Library(Path(shop.library))).ask("hi")
 
 

@@ -112,10 +112,10 @@ def test_examples_end_the_coldness(two: GateRouter) -> None:
     warm = cold.add("baking", train()["baking"])
     assert (cold.cards, warm.cards) == ({"baking"}, set())
     assert warm.coldness("baking") == 0
-    assert warm.scores(held_out()["baking"]) == two.add("baking", train()["baking"]).scores(
-        held_out()["baking"]
-    )
-    assert warm.meet(ZOO.__class__("baking", description="something else")) is None
+    never_cold = two.add("baking", train()["baking"])
+    texts = held_out()["baking"]
+    np.testing.assert_allclose(warm.scores(texts), never_cold.scores(texts), atol=1e-4)
+    assert warm.meet(Card("baking", description="something else")) is None
 
 
 def test_a_refit_learns_no_weight_of_others_from_a_card() -> None:
@@ -124,7 +124,8 @@ def test_a_refit_learns_no_weight_of_others_from_a_card() -> None:
     cold = router.introduce(ZOO).refit()
     assert cold.cards == {"zoo-keeper"}
     assert mixes(cold, texts) == mixes(router, texts)
-    assert cold.remove("zoo-keeper").scores(texts) == pytest.approx(router.scores(texts), abs=1e-4)
+    without = cold.remove("zoo-keeper").scores(texts)
+    np.testing.assert_allclose(without, router.scores(texts), atol=1e-4)
 
 
 def test_cards_alone_make_a_router() -> None:
@@ -139,9 +140,8 @@ def test_what_is_cold_or_fresh_is_saved(two: GateRouter, tmp_path: Path) -> None
     grown.save(tmp_path / "r")
     again = GateRouter.load(tmp_path / "r", encoder=two.encoder or two.ngrams)
     assert (again.cards, again.fresh) == (grown.cards, grown.fresh)
-    assert again.scores(held_out()["baking"]) == pytest.approx(
-        grown.scores(held_out()["baking"]), abs=2e-2
-    )
+    texts = held_out()["baking"]
+    np.testing.assert_allclose(again.scores(texts), grown.scores(texts), atol=2e-2)
 
 
 def test_wordless_examples_are_refused(two: GateRouter) -> None:

@@ -35,6 +35,7 @@ def decision_fields(decision: Decision) -> dict[str, Any]:
         "mix": str(decision.mix),
         "scores": _rounded(decision.scores, 4),
         "none": round(decision.none, 4),
+        "coldness": round(decision.coldness, 2),
         "reasons": list(decision.reasons),
         "ms": {"route": round(decision.latency_ms, 1)},
     }
