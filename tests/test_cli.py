@@ -82,7 +82,7 @@ def test_a_seed_repeats_a_sampled_answer(loramix, shop):
 
 def test_route_says_which_mix_and_why(loramix, shop):
     decision = json.loads(loramix("route", SQL, *shop.flags, "--json"))
-    assert [*decision] == ["mix", "scores", "none", "reasons", "ms"]
+    assert [*decision] == ["mix", "scores", "none", "coldness", "reasons", "ms"]
     assert decision["mix"].startswith("sql")
     words = loramix("route", SQL, *shop.flags)
     assert words.splitlines()[0] == decision["mix"]
