@@ -48,7 +48,7 @@ from loramix.route.learn import calibrate, fit_gate, store
 from loramix.route.neighbours import Neighbours
 from loramix.route.newcomer import FALSE, card_texts, joined, parted
 from loramix.route.ngrams import Floats, NgramEncoder, words
-from loramix.route.reasons import information, nearest, said, seam, strongest, verdict
+from loramix.route.reasons import information, least_of, nearest, said, seam, strongest, verdict
 from loramix.route.rows import Batch, Rows, collect, read
 from loramix.route.softmax import log_softmax
 from loramix.route.turns import follow, user_turns
@@ -357,7 +357,7 @@ class GateRouter:
         """What an adapter's threshold stands for."""
         if self.coldness(name) and name in self.cards | self.fresh:
             return f"which {FALSE:.0%} of foreign queries reach at most"
-        return f"the least of {self.keep:.1%} of {name}'s own queries"
+        return least_of(name, self.keep)
 
     def read(self, query: str) -> tuple[Batch, Tokens | None]:
         """One query, and its tokens if they serve to look for two skills in it."""

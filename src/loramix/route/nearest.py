@@ -23,7 +23,7 @@ from loramix.route.blend import place
 from loramix.route.gate import MIX_TEMPERATURE, GateRouter
 from loramix.route.neighbours import best
 from loramix.route.ngrams import Floats, Ints, words
-from loramix.route.reasons import nearest, quoted, verdict
+from loramix.route.reasons import least_of, nearest, quoted, verdict
 from loramix.route.rows import Batch, read
 from loramix.route.turns import follow, user_turns
 
@@ -90,6 +90,7 @@ class NearestRouter:
         winner, none = int(votes.argmax()), float(self._none(cosines)[0])
         score, least = float(self._scores(cosines)[0]), self.abstain.thresholds[winner]
         fits = score >= least
+        name = self.adapters[winner]
         near = nearest(self.stored.neighbours, self.adapters, cosines[0])
         shares = (np.exp(votes) * (1 - none)).tolist()
         return Decision(
@@ -97,7 +98,7 @@ class NearestRouter:
             scores=dict(zip(self.adapters, shares, strict=True)),
             none=none,
             reasons=(
-                verdict(self.adapters[winner], score, least, self.stored.keep),
+                verdict(name, score, least, least_of(name, self.stored.keep)),
                 *(f"near {n.cosine:.2f} {n.adapter}: {quoted(n.text)}" for n in near),
             ),
             latency_ms=0.0,

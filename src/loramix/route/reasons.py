@@ -54,6 +54,11 @@ def verdict(name: str, score: float, threshold: float, target: str) -> str:
     return f"{choice}: in-scope score {score:.2f} {verb} {threshold:.2f}, {target}"
 
 
+def least_of(name: str, keep: float) -> str:
+    """What a threshold stands for that an adapter's own queries have set."""
+    return f"the least of {keep:.1%} of {name}'s own queries"
+
+
 def said(name: str, near: Sequence[Near], strong: Sequence[str]) -> list[str]:
     found = [f"near {n.cosine:.2f} {n.adapter}: {quoted(n.text)}" for n in near]
     return [*found, f"words for {name}: {', '.join(strong)}"] if strong else found
