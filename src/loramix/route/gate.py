@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -173,8 +173,7 @@ class GateRouter:
 
     def remove(self, name: str) -> GateRouter:
         """A router without this adapter, at once. Raises UnknownAdapter; the last one stays."""
-        if name not in self.adapters:
-            raise UnknownAdapter(name, self.adapters)
+        self._require_known([name])
         if self.adapters == (name,):
             raise RouteError(f"{name!r} is the router's last adapter; delete the router instead.")
         return parted(self, name)
@@ -187,6 +186,7 @@ class GateRouter:
         a refit sets thresholds without them. Raises UnknownAdapter, and RouteError for too few
         queries to know that share.
         """
+        self._require_known(fresh)
         share, thresholds = _share("keep", self.keep if keep is None else keep), {}
         for name, queries in fresh.items():
             scores = self.abstain.of_signs(self._signs(queries))
@@ -200,9 +200,8 @@ class GateRouter:
 
     def with_thresholds(self, given: Mapping[str, float]) -> GateRouter:
         """The same gate with the least in-scope score of some adapters. Raises UnknownAdapter."""
+        self._require_known(given)
         known = dict(zip(self.adapters, self.abstain.thresholds, strict=True))
-        if unknown := sorted(given.keys() - known.keys()):
-            raise UnknownAdapter(unknown[0], self.adapters)
         thresholds = tuple((known | dict(given)).values())
         return replace(self, abstain=replace(self.abstain, thresholds=thresholds))
 
@@ -229,8 +228,7 @@ class GateRouter:
         in-scope score anew. `abstain.coverage` is then the share of `own` that stays. None of the
         rows is stored. Raises UnknownAdapter, and RouteError for targets the rows cannot settle.
         """
-        if unknown := sorted(own.keys() - {*self.adapters}):
-            raise UnknownAdapter(unknown[0], self.adapters)
+        self._require_known(own)
         texts = [text for name in self.adapters for text in own.get(name, ())]
         labels = np.repeat(
             np.arange(len(self.adapters)), [len(own.get(name, ())) for name in self.adapters]
@@ -248,6 +246,10 @@ class GateRouter:
         recall = _share("oos_recall", oos_recall)
         found = with_recall(abstain, scores, labels, abstain.of_signs(theirs), recall)
         return replace(self, abstain=found)
+
+    def _require_known(self, names: Iterable[str]) -> None:
+        if unknown := sorted({*names} - {*self.adapters}):
+            raise UnknownAdapter(unknown[0], self.adapters)
 
     def _signs(self, texts: Sequence[str]) -> Floats:
         if not texts:
