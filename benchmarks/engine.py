@@ -360,7 +360,7 @@ def measure(
             table.add("ours, 8 mixes, 64 resident", decode_rate(*ways["ours, 8 mixes"])[0])
             for adapter in adapters[BATCH:]:
                 engine.remove(adapter.name)
-        for name, spare in (("hot add", adapters[BATCH : BATCH + 20]), ("no add", ())):
+        for name, spare in (("hot add", adapters[BATCH : BATCH + 20]), ("no add", ())) * REPEATS:
             waits, slowest, typical = hot_adds(engine, spare)
             table.add(f"{name}, steps until usable", waits)
             table.add(f"{name}, slowest step / median", slowest)
