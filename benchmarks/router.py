@@ -55,6 +55,7 @@ from semantic_router import IndexedRouter
 from semantic_router.index.local import LocalIndex
 
 from loramix.route import Router
+from loramix.route.calibration import calibrated
 from loramix.route.encode import NgramEncoder
 from loramix.route.gate import GateRouter
 from loramix.route.nearest import NearestRouter
@@ -139,8 +140,8 @@ def none(world: World) -> list[Row]:
         own = {s: [(t, of[route]) for t, route in data[s]] for s in ("train", "val", "test")}
         examples, held = grouped(own["train"]), grouped(own["val"])
         ours = world.ours(examples)
-        blind = choice(ours.calibrated(held, keep=0.965), own["test"], data["oos_test"])
-        told = ours.calibrated(held, texts(data["oos_val"]), keep=keep)
+        blind = choice(calibrated(ours, held, keep=0.965), own["test"], data["oos_test"])
+        told = calibrated(ours, held, texts(data["oos_val"]), keep=keep)
         seen = choice(told, own["test"], data["oos_test"])
         theirs = their_choice(
             world.theirs(examples), own["val"], data["oos_val"], own["test"], data["oos_test"]

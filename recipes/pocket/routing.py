@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from loramix.chat import Example, Message
+from loramix.route.calibration import tuned
 from loramix.route.gate import GateRouter
 from loramix.route.ngrams import NgramEncoder
 from recipes.pocket.tasks import TASKS, load, rows, svamp
@@ -23,7 +24,7 @@ def build(data: Path, pocket: Path) -> None:
         return
     examples = {name: queries(name, data) for name in TASKS}
     router = GateRouter.fit(examples, encoder=NgramEncoder(), keep=KEEP)
-    router.tuned({"math": unshipped("math", data)}).save(folder)
+    tuned(router, {"math": unshipped("math", data)}).save(folder)
 
 
 def queries(name: str, data: Path) -> list[str]:

@@ -55,10 +55,11 @@ def fitted_router(
     `thresholds` are least in-scope scores, as its reasons show them; `fades` makes weights sum to
     1 - P(none); `top` is the most adapters of a mix. Raises RouteError, UnknownAdapter.
     """
+    from loramix.route.calibration import with_thresholds
     from loramix.route.feedback import CorrectedRouter
 
     found = load_router(library)
-    gate = found.gate.with_thresholds(thresholds or {})
+    gate = with_thresholds(found.gate, thresholds or {})
     gate = replace(gate, fades=gate.fades if fades is None else fades, top=top or gate.top)
     return CorrectedRouter(gate, found.log)
 

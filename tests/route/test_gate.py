@@ -17,6 +17,7 @@ from loramix.errors import LoramixError, RouteError, UnknownAdapter
 from loramix.mix import Mix
 from loramix.route import Decision, to_mix
 from loramix.route.blend import look
+from loramix.route.calibration import stays, tuned, with_thresholds
 from loramix.route.gate import GateRouter
 from loramix.route.rows import read
 from tests.route.small import fitted, held_out, rows, train
@@ -220,43 +221,43 @@ def test_to_mix_is_a_sparse_convex_mix(
 def test_fresh_queries_set_a_threshold_and_are_not_stored(router: GateRouter) -> None:
     name = router.adapters[0]
     fresh = [text for group in held_out().values() for text in group]
-    tuned = router.tuned({name: fresh})
+    found = tuned(router, {name: fresh})
     batch = read(fresh, router.ngrams, router.encoder)
-    scores = tuned.abstain.scores(look(batch, tuned.gate, tuned.neighbours))
-    assert np.mean(scores >= tuned.abstain.thresholds[0]) >= router.keep
-    assert tuned.abstain.thresholds[0] != router.abstain.thresholds[0]
-    assert tuned.abstain.thresholds[1:] == router.abstain.thresholds[1:]
-    assert tuned.examples == router.examples
+    scores = found.abstain.scores(look(batch, found.gate, found.neighbours))
+    assert np.mean(scores >= found.abstain.thresholds[0]) >= router.keep
+    assert found.abstain.thresholds[0] != router.abstain.thresholds[0]
+    assert found.abstain.thresholds[1:] == router.abstain.thresholds[1:]
+    assert found.examples == router.examples
 
 
 def test_a_threshold_needs_a_known_adapter_and_enough_queries(router: GateRouter) -> None:
     with pytest.raises(UnknownAdapter):
-        router.tuned({"nobody": ["hello there"]})
+        tuned(router, {"nobody": ["hello there"]})
     with pytest.raises(RouteError, match="too few"):
-        router.tuned({router.adapters[0]: ["hello there"]})
+        tuned(router, {router.adapters[0]: ["hello there"]})
     with pytest.raises(RouteError, match="too few"):
-        router.tuned({router.adapters[0]: []})
+        tuned(router, {router.adapters[0]: []})
 
 
 def test_another_share_of_one_adapters_queries_stays(router: GateRouter) -> None:
     name, fresh = router.adapters[0], held_out()[router.adapters[0]]
-    strict = router.tuned({name: fresh}, keep=0.7)
+    strict = tuned(router, {name: fresh}, keep=0.7)
     scores = strict.abstain.scores(
         look(read(fresh, strict.ngrams, None), strict.gate, strict.neighbours)
     )
     assert np.mean(scores >= strict.abstain.thresholds[0]) == pytest.approx(0.7, abs=0.06)
-    assert strict.stays(fresh) < router.tuned({name: fresh}, keep=0.95).stays(fresh)
+    assert stays(strict, fresh) < stays(tuned(router, {name: fresh}, keep=0.95), fresh)
 
 
 def test_a_threshold_can_be_said(router: GateRouter) -> None:
     name, query = "baking", held_out()["baking"][0]
-    closed = router.with_thresholds({name: 1e9})
+    closed = with_thresholds(router, {name: 1e9})
     assert not ask(closed, query).mix
     assert closed.abstain.thresholds[1:] == router.abstain.thresholds[1:]
     assert ask(closed, held_out()["sailing"][0]).mix
-    assert closed.with_thresholds({name: -1e9}).stays(held_out()[name]) == 1
+    assert stays(with_thresholds(closed, {name: -1e9}), held_out()[name]) == 1
     with pytest.raises(UnknownAdapter):
-        router.with_thresholds({"nobody": 0.0})
+        with_thresholds(router, {"nobody": 0.0})
 
 
 def test_a_fading_router_is_as_strong_as_it_is_sure(router: GateRouter, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def calibrate(
     ] = None,
 ) -> None:
     """Set what a router leaves to the base by rows it has not learned, and say what is reached."""
+    from loramix.route.calibration import calibrated, tuned, with_thresholds
     from loramix.route.gate import GateRouter
 
     _check_out(out)
@@ -129,12 +130,12 @@ def calibrate(
     own, foreign = _read(data)
     found = GateRouter.load(router or where.shelf.folder / ROUTER)
     with notice("Calibrating the router ..."):
-        found = found.calibrated(own, foreign, keep=keep, oos_recall=oos_recall)
+        found = calibrated(found, own, foreign, keep=keep, oos_recall=oos_recall)
         for name, share in _numbers("--keep-of", keep_of):
             if name not in own:
                 raise BadRequest(f"--keep-of {name}: {data} has no row of {name}.")
-            found = found.tuned({name: own[name]}, keep=share)
-        found = found.with_thresholds(dict(_numbers("--threshold", threshold)))
+            found = tuned(found, {name: own[name]}, keep=share)
+        found = with_thresholds(found, dict(_numbers("--threshold", threshold)))
         found.save(out)
     _print_coverage(found, own, foreign)
 
@@ -167,14 +168,16 @@ def _print_coverage(
     router: GateRouter, own: Mapping[str, Sequence[str]], foreign: Sequence[str]
 ) -> None:
     """What share of the rows is above each threshold."""
+    from loramix.route.calibration import stays
+
     thresholds = dict(zip(router.adapters, router.abstain.thresholds, strict=True))
     for name, queries in sorted(own.items()):
-        kept = router.stays(queries)
+        kept = stays(router, queries)
         typer.echo(
             f"{kept:6.1%} of {len(queries):5} stay  {name} (threshold {thresholds[name]:.2f})"
         )
     if foreign:
-        left = 1 - router.stays(foreign)
+        left = 1 - stays(router, foreign)
         typer.echo(f"{left:6.1%} of {len(foreign):5} of nobody go to the base")
 
 

@@ -14,9 +14,8 @@ choose. Fitting takes seconds; deciding takes a few look-ups in plain arrays.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -26,22 +25,16 @@ import numpy as np
 
 from loramix.adapter import Card
 from loramix.chat import Message
-from loramix.errors import RouteError, UnknownAdapter
+from loramix.errors import RouteError
 from loramix.mix import Mix
 from loramix.route import Decision, to_mix
 from loramix.route.abstain import (
-    SIGNS,
     Abstain,
     Evidence,
     background,
-    conformal,
-    enough,
-    fit_abstain,
-    signs,
-    with_keep,
-    with_recall,
 )
 from loramix.route.blend import Gate, compare, look
+from loramix.route.calibration import require_known, share_of
 from loramix.route.encode import Encoder, TokenEncoder, Tokens, default_encoder
 from loramix.route.halves import Halves, cut
 from loramix.route.learn import calibrate, fit_gate, store
@@ -110,7 +103,7 @@ class GateRouter:
     def _fitted(
         cls, rows: Rows, ngrams: NgramEncoder, encoder: Encoder | None, keep: float, top: int
     ) -> GateRouter:
-        _share("keep", keep)
+        share_of("keep", keep)
         if top < 1:
             raise RouteError(f"top is the number of adapters in a mix, at least 1; got {top}.")
         start, abstain = calibrate(rows, keep)
@@ -173,88 +166,10 @@ class GateRouter:
 
     def remove(self, name: str) -> GateRouter:
         """A router without this adapter, at once. Raises UnknownAdapter; the last one stays."""
-        self._require_known([name])
+        require_known(self, [name])
         if self.adapters == (name,):
             raise RouteError(f"{name!r} is the router's last adapter; delete the router instead.")
         return parted(self, name)
-
-    def tuned(self, fresh: Mapping[str, Sequence[str]], *, keep: float | None = None) -> GateRouter:
-        """The same gate with the thresholds of some adapters set by queries it has not learned.
-
-        For adapters whose stored examples are not quite what users will ask, or of which another
-        share is to stay: `keep` of such queries does (default: as of all). They are not stored, so
-        a refit sets thresholds without them. Raises UnknownAdapter, and RouteError for too few
-        queries to know that share.
-        """
-        self._require_known(fresh)
-        share, thresholds = _share("keep", self.keep if keep is None else keep), {}
-        for name, queries in fresh.items():
-            scores = self.abstain.of_signs(self._signs(queries))
-            if not enough(scores, share):
-                raise RouteError(
-                    f"{len(queries)} queries are too few to keep {share:.1%} of {name!r}'s; "
-                    f"give at least {math.ceil(1 / (1 - share)) - 1}."
-                )
-            thresholds[name] = conformal(scores, share)
-        return self.with_thresholds(thresholds)
-
-    def with_thresholds(self, given: Mapping[str, float]) -> GateRouter:
-        """The same gate with the least in-scope score of some adapters. Raises UnknownAdapter."""
-        self._require_known(given)
-        known = dict(zip(self.adapters, self.abstain.thresholds, strict=True))
-        thresholds = tuple((known | dict(given)).values())
-        return replace(self, abstain=replace(self.abstain, thresholds=thresholds))
-
-    def stays(self, queries: Sequence[str]) -> float:
-        """The share of queries that are not left to the base, each taken as one skill."""
-        evidence = look(read(queries, self.ngrams, self.encoder), self.gate, self.neighbours)
-        winners = evidence.log_probs[:, :-1].argmax(axis=1)
-        return float(
-            np.mean(self.abstain.scores(evidence) >= np.asarray(self.abstain.thresholds)[winners])
-        )
-
-    def calibrated(
-        self,
-        own: Mapping[str, Sequence[str]],
-        foreign: Sequence[str] = (),
-        *,
-        keep: float | None = None,
-        oos_recall: float | None = None,
-    ) -> GateRouter:
-        """The same gate, leaving queries to the base by a target on rows it has not learned.
-
-        `keep` is the share of `own` that must stay (default: as before); `oos_recall` is the share
-        of `foreign` that must go to the base, and replaces it. Foreign queries also teach the
-        in-scope score anew. `abstain.coverage` is then the share of `own` that stays. None of the
-        rows is stored. Raises UnknownAdapter, and RouteError for targets the rows cannot settle.
-        """
-        self._require_known(own)
-        texts = [text for name in self.adapters for text in own.get(name, ())]
-        labels = np.repeat(
-            np.arange(len(self.adapters)), [len(own.get(name, ())) for name in self.adapters]
-        )
-        if not texts or (oos_recall is not None and not foreign):
-            raise RouteError("Expected held-out queries, and foreign ones for oos_recall.")
-        share = _share("keep", self.keep if keep is None else keep)
-        mine, theirs = self._signs(texts), self._signs(foreign)
-        abstain = self.abstain
-        if len(theirs):
-            abstain = fit_abstain(mine, labels, theirs, adapters=len(self.adapters), keep=share)
-        scores = abstain.of_signs(mine)
-        if oos_recall is None:
-            return replace(self, abstain=with_keep(abstain, scores, labels, share))
-        recall = _share("oos_recall", oos_recall)
-        found = with_recall(abstain, scores, labels, abstain.of_signs(theirs), recall)
-        return replace(self, abstain=found)
-
-    def _require_known(self, names: Iterable[str]) -> None:
-        if unknown := sorted({*names} - {*self.adapters}):
-            raise UnknownAdapter(unknown[0], self.adapters)
-
-    def _signs(self, texts: Sequence[str]) -> Floats:
-        if not texts:
-            return np.zeros((0, len(SIGNS)), np.float32)
-        return signs(look(read(texts, self.ngrams, self.encoder), self.gate, self.neighbours))
 
     def refit(self) -> GateRouter:
         """All adapters learned together from the stored examples."""
@@ -400,9 +315,3 @@ class GateRouter:
         none = 1 / (1 + np.exp(self.abstain.scores(evidence).clip(-30, 30)))
         adapters = np.exp(log_softmax(evidence.log_probs[:, :-1])) * (1 - none[:, None])
         return np.concatenate([adapters, none[:, None]], axis=1)
-
-
-def _share(name: str, value: float) -> float:
-    if not 0 < value < 1:
-        raise RouteError(f"{name} is a share between 0 and 1; got {value}.")
-    return value
