@@ -1,4 +1,4 @@
-"""An int8 base is the base of its rounded matrices, and adapters are exact on top of it."""
+"""A quantised base is the base of its rounded matrices, and adapters are exact on top of it."""
 
 import pytest
 import torch
@@ -8,26 +8,31 @@ from loramix.base import open_base
 from loramix.engine import Request, Sampling
 from loramix.engine.local import LocalEngine
 from loramix.errors import BaseError
+from loramix.linear import matrix_of
 from loramix.mix import Mix
-from loramix.quantized import Int8Linear, quantize
+from loramix.quantized import Int8Linear, Nf4Linear, quantize
 from tests.tiny import folded, random_adapter, tiny_base, tiny_model, tiny_tokenizer
 
 PROMPT = (5, 17, 31, 5, 200, 9)
 
 
-def rounded_twin():
+KINDS = {"int8": Int8Linear, "nf4": Nf4Linear}
+
+
+def rounded_twin(kind):
     """A plain model that holds the rounded matrices in float32."""
     model, twin = tiny_model("llama"), tiny_model("llama")
-    quantize(model)
+    quantize(model, kind)
     for name, layer in model.named_modules():
-        if isinstance(layer, Int8Linear):
+        if isinstance(layer, KINDS[kind]):
             twin.get_submodule(name).weight = nn.Parameter(layer.weight, requires_grad=False)
     return twin
 
 
-def test_a_mix_over_an_int8_base_equals_its_folded_rounded_weights():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mix_over_a_quantised_base_equals_its_folded_rounded_weights(kind):
     base = tiny_base()
-    quantize(base.model)
+    quantize(base.model, kind)
     adapters = [random_adapter(base.model, name, rank=3, seed=n) for n, name in enumerate("ab")]
     adapters.append(random_adapter(base.model, "d", rank=2, seed=9, dora=True))
     mixes = [Mix(), Mix({"a": 0.5, "b": -1.2}), Mix({"d": 1})]
@@ -35,7 +40,7 @@ def test_a_mix_over_an_int8_base_equals_its_folded_rounded_weights():
     with LocalEngine(base, adapters) as engine:
         answers = engine.generate(requests)
     for mix, answer in zip(mixes, answers, strict=True):
-        model = folded(rounded_twin(), mix, {adapter.name: adapter for adapter in adapters})
+        model = folded(rounded_twin(kind), mix, {adapter.name: adapter for adapter in adapters})
         output = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
         assert answer.tokens == tuple(output[0, len(PROMPT) :].tolist())
 
@@ -52,6 +57,18 @@ def test_rounding_is_as_fine_as_eight_bits_and_halves_the_memory(architecture):
     assert not isinstance(model.get_output_embeddings(), Int8Linear)
     assert all(layer.quantized.itemsize == 1 for layer in layers)
     assert 0 < float((after - before).norm() / before.norm()) < 0.05
+
+
+def test_four_bits_are_a_quarter_of_the_memory_and_as_fine_as_those_of_qlora(architecture):
+    model, exact = (tiny_model(architecture).to(torch.bfloat16) for _ in range(2))
+    quantize(model, "nf4")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
+    assert layers
+    assert not isinstance(model.get_output_embeddings(), Nf4Linear)
+    for name, layer in layers.items():
+        matrix = matrix_of(exact.get_submodule(name)).float()
+        assert 2 * layer.quantized.nbytes == matrix.numel()
+        assert 0.05 < float((layer.weight.float() - matrix).norm() / matrix.norm()) < 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -72,15 +89,17 @@ def test_a_row_of_zeros_stays_zero():
     assert torch.equal(Int8Linear(plain)(torch.ones(1, 8))[0, 1], torch.tensor(0.0))
 
 
-def test_a_base_is_opened_in_int8_by_name_and_keeps_its_fingerprint(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_is_opened_quantised_by_name_and_keeps_its_fingerprint(kind, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     plain = open_base(str(tmp_path), device="cpu")
-    base = open_base(str(tmp_path), device="cpu", quantize="int8")
+    base = open_base(str(tmp_path), device="cpu", quantize=kind)
+    assert base.quantized == kind
     assert base.fingerprint == plain.fingerprint
     assert base.dtype == torch.bfloat16
-    assert any(isinstance(layer, Int8Linear) for layer in base.model.modules())
-    with pytest.raises(BaseError, match="none or int8"):
+    assert any(isinstance(layer, KINDS[kind]) for layer in base.model.modules())
+    with pytest.raises(BaseError, match="none, int8, nf4"):
         open_base(str(tmp_path), quantize="int4")
 
 

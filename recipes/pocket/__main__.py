@@ -14,7 +14,7 @@ import typer
 
 from loramix.base import POCKET
 from loramix.library import Library
-from recipes.pocket import corpus, history, pretrain, report, routing, turns
+from recipes.pocket import corpus, history, presets, pretrain, report, routing, turns
 from recipes.pocket.experts import install, learn, write_rows
 from recipes.pocket.tasks import TASKS
 
@@ -56,6 +56,12 @@ def history_command(data: Data, pocket: Pocket = POCKET, rows: int = 200) -> Non
 def turns_command(data: Data, pocket: Pocket = POCKET, count: int = 500) -> None:
     """Count how often the second turn of a conversation is routed right."""
     turns.run(data, pocket, count)
+
+
+@app.command(name="presets")
+def presets_command(data: Data) -> None:
+    """Measure what the presets do on and off an expert's own task."""
+    presets.run(data)
 
 
 @app.command()

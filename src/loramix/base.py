@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 POCKET = Path(__file__).parent / "pocket"
 SAMPLE = 256  # signs of each tensor in a fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZED = ("none", "int8", "nf4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str  # of the weights as stored, whatever dtype they are opened in
+    quantized: str = "none"  # one of QUANTIZED
 
     @property
     def device(self) -> torch.device:
@@ -64,18 +66,18 @@ def open_base(
     """Open a base by folder or hub id; "pocket" is the small one inside this package.
 
     `dtype` "auto" is float32 on the CPU (exact, and as fast for small models) and the checkpoint's
-    own elsewhere. `quantize` "int8" rounds its linear layers to eight bits each (quantized.py);
-    "auto" then means bfloat16. Gated models use HF_TOKEN; HF_HUB_OFFLINE is respected. Custom code
-    of a repository is never run. Raises BaseError.
+    own elsewhere. `quantize` "int8" or "nf4" rounds its linear layers to eight or four
+    bits a number (quantized.py); "auto" then means bfloat16. Gated models use HF_TOKEN;
+    HF_HUB_OFFLINE is respected. Custom code of a repository is never run. Raises BaseError.
     """
     from transformers import AutoTokenizer
 
     path = str(POCKET / "base") if source == "pocket" else source
     _check_source(path, revision)
     place = _device(device)
-    if quantize not in ("none", "int8"):
-        raise BaseError(f"Unknown quantization {quantize!r}; expected none or int8.")
-    rounded = quantize == "int8"
+    if quantize not in QUANTIZED:
+        raise BaseError(f"Unknown quantization {quantize!r}; expected {', '.join(QUANTIZED)}.")
+    rounded = quantize != "none"
     wanted = _dtype("bfloat16" if rounded and dtype == "auto" else dtype, place)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
@@ -91,10 +93,10 @@ def open_base(
     name = Path(source).resolve().name if Path(source).is_dir() else source
     weights = fingerprint(model)  # before they are rounded
     if rounded:
-        from loramix.quantized import quantize as round_to_int8
+        from loramix.quantized import quantize as rounded_to
 
-        round_to_int8(model)
-    return Base(name, model, tokenizer, weights)
+        rounded_to(model, quantize)
+    return Base(name, model, tokenizer, weights, quantize)
 
 
 def _load(

@@ -173,7 +173,7 @@ def assist(plan: Plan, processes: Processes) -> None:
 
 
 def open_planned(plan: Plan) -> Base:
-    return open_base(plan.base, dtype=plan.dtype, revision=plan.revision)
+    return open_base(plan.base, dtype=plan.dtype, revision=plan.revision, quantize=plan.quantize)
 
 
 def _material(plan: Plan, expert: ExpertPlan, base: Base) -> Material:

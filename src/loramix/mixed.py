@@ -33,16 +33,16 @@ from loramix.errors import BaseError, BaseMismatch, UnknownAdapter
 from loramix.frozen import FrozenLinear, product
 from loramix.linear import matrix_of, shape
 from loramix.lora import Pair
-from loramix.quantized import Int8Linear
+from loramix.quantized import Int8Linear, Nf4Linear
 from loramix.stacked import Block, Bound, Layout, Part, Siblings, bound, stacked
 from loramix.tiles import Tiler, Tiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    Layer: TypeAlias = "nn.Linear | Conv1D | FrozenLinear | Int8Linear | MixedLinear"
+    Layer: TypeAlias = "nn.Linear | Conv1D | FrozenLinear | Int8Linear | Nf4Linear | MixedLinear"
 
-KINDS = (Conv1D, FrozenLinear, Int8Linear)  # beside nn.Linear itself, not what derives from it
+KINDS = (Conv1D, FrozenLinear, Int8Linear, Nf4Linear)  # and nn.Linear, not what derives from it
 MAX_SETS = 4  # sets of adapters whose side-by-side factors are kept, if a step has no more
 
 

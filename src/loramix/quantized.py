@@ -1,12 +1,15 @@
-"""A base's matrices in eight bits each, with a scale for each output: half the memory of bfloat16.
+"""A base's matrices in eight or four bits a number: a half or a quarter of bfloat16's memory.
 
-Only weights are rounded, activations are not, and adapters add their exact deltas on top. The
-output layer and what is tied to it stay as they are: they decide between tokens. On a CPU this
-saves memory, not time (`docs/log.md` compares with torchao and bitsandbytes).
+int8 has a scale for each output; nf4 is QLoRA's NormalFloat, whose scales of 64 numbers each are
+rounded too (https://arxiv.org/abs/2305.14314), by bitsandbytes. Only weights are rounded,
+activations are not, and adapters add their exact deltas on top, or are learned on top. The output
+layer and what is tied to it stay as they are: they decide between tokens. On a CPU this saves
+memory, not time (`docs/log.md` compares with torchao and bitsandbytes).
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loramix.errors import BaseError
 from loramix.linear import children, matrix_of
 
 LEVELS = 127  # of either sign
@@ -45,7 +49,9 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., O]
         rows = x.reshape(-1, self.in_features)
         few = len(rows) <= FEW_ROWS and x.is_cpu and x.dtype == torch.bfloat16
-        if few and not torch.is_grad_enabled():
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = _Product.apply(rows, self)
+        elif few and not torch.is_grad_enabled():
             y = torch._weight_int8pack_mm(rows, self.quantized, self.scale)
         elif x.dtype == torch.float16:  # the product before scaling would pass 65504
             y = F.linear(rows, self.weight)
@@ -55,9 +61,67 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def quantize(model: Any) -> None:
-    """Round the linear layers of a frozen transformers model, in place, but its output layer."""
+class _Product(torch.autograd.Function):
+    """x W^T whose W is widened again for the gradient: kept, it would cost what rounding saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Int8Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.layer.weight.to(grads[0].dtype), None
+
+
+class Nf4Linear(nn.Module):
+    """An `nn.Linear` or `Conv1D` with a frozen matrix of bitsandbytes' four bits."""
+
+    quantized: Tensor  # [O * D / 2, 1], two numbers a byte
+
+    def __init__(self, layer: nn.Linear | Conv1D) -> None:
+        super().__init__()
+        exact = matrix_of(layer).detach().contiguous()
+        self.out_features, self.in_features = exact.shape
+        self.bias = layer.bias
+        packed, self.state = _bitsandbytes().functional.quantize_4bit(
+            exact, quant_type="nf4", compress_statistics=True
+        )
+        self.register_buffer("quantized", packed)
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded matrix [O, D], made anew at every call."""
+        whole: Tensor = _bitsandbytes().functional.dequantize_4bit(self.quantized, self.state)
+        return whole
+
+    def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., O]
+        y: Tensor = _bitsandbytes().matmul_4bit(
+            x, self.quantized, quant_state=self.state, bias=self.bias
+        )
+        return y
+
+
+def quantize(model: Any, kind: str = "int8") -> None:
+    """Round the linear layers of a frozen transformers model, in place, but its output layer.
+
+    Raises BaseError for nf4 if bitsandbytes is missing.
+    """
+    rounded = {"int8": Int8Linear, "nf4": Nf4Linear}[kind]
     head = model.get_output_embeddings()
     for owner, name, layer in children(model, nn.Linear, Conv1D):
         if layer is not head:
-            setattr(owner, name, Int8Linear(layer))
+            setattr(owner, name, rounded(layer))
+
+
+def _bitsandbytes() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it misses a kernel it can do without
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise BaseError(
+            "Four bits need bitsandbytes; `pip install 'loramix[quant]'`, or quantise to int8."
+        ) from error
+    return bitsandbytes

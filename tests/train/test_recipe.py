@@ -101,7 +101,9 @@ def test_no_key_of_the_list_is_unknown(key):
         ({"finetuning_type": "full"}, "only LoRA experts can be mixed"),
         ({"fp16": True}, "use bf16 or float32"),
         ({"export_dir": "merged"}, "use `loramix merge`"),
-        ({"quantization_bit": 4}, "a quantised base is not trained over"),
+        ({"quantization_bit": 3}, "quantization_bit is 3; expected 8 or 4"),
+        ({"quantization_type": "fp4"}, "4 bits are those of QLoRA, nf4"),
+        ({"double_quantization": False}, "whose scales are rounded"),
         ({"lora_rank": "eight"}, "lora_rank is 'eight'; expected a whole number"),
         ({"lora_rank": 8.5}, "expected a whole number"),
         ({"lora_rank": True}, "expected a whole number"),
@@ -128,6 +130,17 @@ def test_what_cannot_be_meant_is_refused(changed, expected):
     with pytest.raises(LoramixError) as error:
         plan({**LEAST, **changed})
     assert expected in str(error.value)
+
+
+def test_a_base_is_rounded_and_adam_remembers_in_eight_bits_where_that_is_asked():
+    assert [plan({**LEAST, **keys}).quantize for keys in ({}, {"quantization_bit": 8})] == [
+        "none",
+        "int8",
+    ]
+    found = plan(
+        {**LEAST, "quantization_bit": 4, "quantization_type": "nf4", "optim": "adamw_8bit"}
+    )
+    assert (found.quantize, found.experts[0].settings.optimizer) == ("nf4", "adamw8bit")
 
 
 def test_every_refusal_and_note_has_a_reason():

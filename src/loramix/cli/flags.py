@@ -37,7 +37,7 @@ class Machine:
     dtype: Annotated[str, Option(help="auto, float32, bfloat16 or float16.")] = "auto"
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto"
     revision: Annotated[str | None, Option(help="Branch, tag or commit of a hub id.")] = None
-    quantize: Annotated[str, Option(help="none, or int8 for half the memory.")] = "none"
+    quantize: Annotated[str, Option(help="none, int8 for half the memory, nf4 for less.")] = "none"
 
 
 @dataclass(frozen=True, slots=True)

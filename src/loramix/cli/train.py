@@ -30,12 +30,11 @@ if TYPE_CHECKING:
 
 # What `--data` alone means: settings that suit some hundred rows, and a tenth of them held out.
 SMALL = {
-    "lora_rank": 16,
+    "preset": "balanced",
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_ratio": 0.05,
     "per_device_train_batch_size": 16,
-    "num_train_epochs": 3,
     "val_size": 0.1,
     "load_best_model_at_end": True,
     "disable_gradient_checkpointing": True,
@@ -57,6 +56,9 @@ def train(
     base: Annotated[str, Option(help="Folder, hub id, or pocket; with --data.")] = "pocket",
     library: Annotated[Path | None, Option(help="Folder of adapters it goes to.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be done.")] = False,
+    preset: Annotated[
+        str | None, Option(help="How strongly it biases: gentle, balanced or override.")
+    ] = None,
     preview: Annotated[int, Option(help="Show so many rows, and what of them is learned.")] = 0,
     detach: Annotated[
         bool, Option("--detach", help="In a process of its own; see `loramix jobs`.")
@@ -65,7 +67,8 @@ def train(
     """Train one or several experts in one pass, then fit the router and compare."""
     if detach and num_launched() > 1:
         raise BadRequest("--detach under a launcher would begin a job each; use processes=N.")
-    found = planned(words or [], data, name, base, library)
+    words = [*([f"preset={preset}"] if preset else []), *(words or [])]
+    found = planned(words, data, name, base, library)
     if not detach:
         work(found, dry_run=dry_run, preview=preview)
         return
@@ -73,7 +76,7 @@ def train(
         raise BadRequest("--dry-run and --preview show something here; give them without --detach.")
     from loramix.cli.jobs import begin
 
-    settings = {"words": words or [], "data": data, "name": name, "base": base, "library": library}
+    settings = {"words": words, "data": data, "name": name, "base": base, "library": library}
     begin(
         ", ".join(expert.name for expert in found.experts),
         {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()},

@@ -49,7 +49,7 @@ class BaseSettings(Section):
     dtype: Precision = "auto"
     device: str = "auto"
     revision: str | None = None
-    quantize: Literal["none", "int8"] = "none"
+    quantize: Literal["none", "int8", "nf4"] = "none"
 
 
 class AdapterSettings(Section):

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def _fingerprint(base: Base, run: Run, learners: Sequence[Learner]) -> str:
-    told = hashlib.sha256(f"{base.fingerprint} {base.dtype} {run.bf16}".encode())
+    told = hashlib.sha256(f"{base.fingerprint} {base.dtype} {base.quantized} {run.bf16}".encode())
     for learner in learners:
         told.update(json.dumps(_settings(learner.course), sort_keys=True).encode())
         for rows in (learner.course.rows, learner.course.validation):
@@ -117,8 +118,12 @@ def _tensors(learner: Learner) -> dict[str, Tensor]:
     tensors |= {f"best.{name}": w for name, w in learner.best.items()}
     for name, weight in learner.weights.items():
         for key, value in learner.optimizer.state[weight].items():
-            if isinstance(value, Tensor):
+            if key.startswith("qmap"):  # of AdamW in eight bits: one table that all share
+                tensors[f"optimizer.{key}.{name}"] = value.clone()
+            elif isinstance(value, Tensor):
                 tensors[f"optimizer.{key}.{name}"] = value
+            elif isinstance(value, int):  # AdamW in eight bits counts its steps in Python
+                tensors[f"count.{key}.{name}"] = torch.tensor(value)
     return tensors
 
 
@@ -133,6 +138,9 @@ def _load(learner: Learner, numbers: dict[str, Any], tensors: dict[str, Tensor])
         part, _, name = key.partition(".")
         place = value.device if part == "step" else device
         learner.optimizer.state[learner.weights[name]][part] = value.to(place)
+    for key, value in _under("count.", tensors).items():
+        part, _, name = key.partition(".")
+        learner.optimizer.state[learner.weights[name]][part] = int(value)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from loramix.errors import TrainError
 from loramix.train.processes import Processes
 
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 STARTS = ("default", "pissa", "olora")
 
 

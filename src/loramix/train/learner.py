@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,10 +211,24 @@ class Learner:
                 weight_decay=settings.weight_decay,
                 momentum=settings.betas[0],
             )
-        return torch.optim.AdamW(
-            groups,
-            lr=settings.rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        options: dict[str, Any] = {
+            "lr": settings.rate,
+            "betas": settings.betas,
+            "weight_decay": settings.weight_decay,
+        }
+        if settings.optimizer == "adamw8bit":
+            return _adamw8bit()(groups, **options)  # type: ignore[no-any-return]
+        return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _adamw8bit() -> Any:
+    """AdamW of bitsandbytes, which remembers in eight bits (https://arxiv.org/abs/2110.02861)."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel not needed here
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise TrainError(
+            "AdamW in eight bits needs bitsandbytes; `pip install 'loramix[quant]'`, or take "
+            "optim: adamw_torch."
+        ) from error
+    return AdamW8bit

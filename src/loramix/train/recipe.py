@@ -26,6 +26,7 @@ from loramix.train.data import Learned
 from loramix.train.dataset import MAX_BAD
 from loramix.train.keys import check_keys
 from loramix.train.online import is_hub_source
+from loramix.train.presets import told, with_preset
 
 SCHEDULES = {
     "linear": "linear",
@@ -38,9 +39,12 @@ OPTIMIZERS = {
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
     "adamw_hf": "adamw",
+    "adamw_8bit": "adamw8bit",
+    "adamw_bnb_8bit": "adamw8bit",
     "sgd": "sgd",
 }
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "auto": "auto"}
+BITS = {None: "none", 8: "int8", 4: "nf4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ class Plan:
     library: Path | None = None  # where the experts go; None: the default one
     revision: str | None = None
     dtype: str = "auto"
+    quantize: str = "none"  # the base
     overwrite: bool = False
     fit_router: bool = True
     learned: Learned = "answers"
@@ -133,12 +138,13 @@ def plan(values: Mapping[str, Any]) -> Plan:
             raise TrainError(f"The key {key} is missing; expected it in every training file.")
     output = Path(common["output_dir"])
     if named is None:
-        name = common.get("name") or slug(output.name) or "expert"
-        experts = [_expert(check_name(name), common)]
+        given = {common.get("name") or slug(output.name) or "expert": common}
     elif not isinstance(named, dict) or not named:
         raise TrainError("experts is no group of names; expected {name: {data: ...}, ...}.")
     else:
-        experts = [_named(name, own, common) for name, own in named.items()]
+        given = {str(name): {**common, **_own(name, own)} for name, own in named.items()}
+    experts = [_expert(check_name(name), with_preset(keys)) for name, keys in given.items()]
+    notes += [line for name, keys in given.items() for line in told(name, keys)]
     board = _board(common, output)
     if board is None and "logging_dir" in common:
         notes.append("logging_dir is passed over: report_to does not name tensorboard.")
@@ -150,6 +156,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
         library=Path(common["library"]) if "library" in common else None,
         revision=common.get("model_revision"),
         dtype=_dtype(common),
+        quantize=_quantize(common),
         overwrite=common.get("overwrite_output_dir", False),
         fit_router=common.get("fit_router", True),
         learned=_learned(common),
@@ -164,11 +171,11 @@ def plan(values: Mapping[str, Any]) -> Plan:
     )
 
 
-def _named(name: Any, own: Any, common: Mapping[str, Any]) -> ExpertPlan:
+def _own(name: Any, own: Any) -> dict[str, Any]:
+    """The keys below an expert's name."""
     if not isinstance(own, dict):
         raise TrainError(f"The expert {name!r} has no keys; expected {{data: rows.jsonl, ...}}.")
-    own, _ = check_keys(own, inside=str(name))
-    return _expert(check_name(str(name)), {**common, **own})
+    return check_keys(own, inside=str(name))[0]
 
 
 def _expert(name: str, values: Mapping[str, Any]) -> ExpertPlan:
@@ -262,6 +269,13 @@ def _dtype(values: Mapping[str, Any]) -> str:
     if values.get("bf16") or values.get("pure_bf16"):
         return "bfloat16"
     return _one_of("infer_dtype", values.get("infer_dtype", "auto"), DTYPES)
+
+
+def _quantize(values: Mapping[str, Any]) -> str:
+    bits = values.get("quantization_bit")
+    if bits not in BITS:
+        raise TrainError(f"quantization_bit is {bits}; expected 8 or 4, or no such key.")
+    return BITS[bits]
 
 
 def _learned(values: Mapping[str, Any]) -> Learned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def fresh_pairs(
     pairs = {}
     for name, (out, into) in chosen_layers(model, targets).items():
         layer = model.get_submodule(name)
-        device = next(layer.parameters()).device
+        device = next(chain(layer.parameters(), layer.buffers())).device
         if start == "default":
             bound = 1 / math.sqrt(into)
             a = torch.empty(rank, into).uniform_(-bound, bound, generator=generator)
