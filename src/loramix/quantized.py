@@ -50,7 +50,7 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         few = len(rows) <= FEW_ROWS and x.is_cpu and x.dtype == torch.bfloat16
         if torch.is_grad_enabled() and x.requires_grad:
-            y = _Product.apply(rows, self)
+            y = _Product.apply(rows, self)  # type: ignore[no-untyped-call]
         elif few and not torch.is_grad_enabled():
             y = torch._weight_int8pack_mm(rows, self.quantized, self.scale)
         elif x.dtype == torch.float16:  # the product before scaling would pass 65504
@@ -58,7 +58,8 @@ class Int8Linear(nn.Module):
         else:
             y = F.linear(rows, self.quantized.to(x.dtype)) * self.scale
         y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        whole: Tensor = y.view(*x.shape[:-1], self.out_features)
+        return whole
 
 
 class _Product(torch.autograd.Function):

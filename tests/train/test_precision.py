@@ -93,7 +93,6 @@ def test_adamw_in_eight_bits_remembers_in_eight_bits():
 
 def test_without_bitsandbytes_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(LoramixError, match=r"Four bits need bitsandbytes; .*loramix\[quant\]"):
         quantize(tiny_base().model, "nf4")
     settings = dataclasses.replace(SETTINGS, optimizer="adamw8bit")

@@ -225,10 +225,10 @@ def _adamw8bit() -> Any:
     """AdamW of bitsandbytes, which remembers in eight bits (https://arxiv.org/abs/2110.02861)."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel not needed here
     try:
-        from bitsandbytes.optim import AdamW8bit
+        import bitsandbytes
     except ImportError as error:
         raise TrainError(
             "AdamW in eight bits needs bitsandbytes; `pip install 'loramix[quant]'`, or take "
             "optim: adamw_torch."
         ) from error
-    return AdamW8bit
+    return bitsandbytes.optim.AdamW8bit
