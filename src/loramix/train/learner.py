@@ -231,4 +231,5 @@ def _adamw8bit() -> Any:
             "AdamW in eight bits needs bitsandbytes; `pip install 'loramix[quant]'`, or take "
             "optim: adamw_torch."
         ) from error
-    return bitsandbytes.optim.AdamW8bit
+    untyped: Any = bitsandbytes
+    return untyped.optim.AdamW8bit
