@@ -17,11 +17,12 @@ PROMPT = (5, 17, 31, 5, 200, 9)
 
 
 KINDS = {"int8": Int8Linear, "nf4": Nf4Linear}
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole groups of 64
 
 
 def rounded_twin(kind):
     """A plain model that holds the rounded matrices in float32."""
-    model, twin = tiny_model("llama"), tiny_model("llama")
+    model, twin = tiny_model(**WIDE), tiny_model(**WIDE)
     quantize(model, kind)
     for name, layer in model.named_modules():
         if isinstance(layer, KINDS[kind]):
@@ -31,7 +32,7 @@ def rounded_twin(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mix_over_a_quantised_base_equals_its_folded_rounded_weights(kind):
-    base = tiny_base()
+    base = tiny_base(**WIDE)
     quantize(base.model, kind)
     adapters = [random_adapter(base.model, name, rank=3, seed=n) for n, name in enumerate("ab")]
     adapters.append(random_adapter(base.model, "d", rank=2, seed=9, dora=True))
@@ -59,8 +60,8 @@ def test_rounding_is_as_fine_as_eight_bits_and_halves_the_memory(architecture):
     assert 0 < float((after - before).norm() / before.norm()) < 0.05
 
 
-def test_four_bits_are_a_quarter_of_the_memory_and_as_fine_as_those_of_qlora(architecture):
-    model, exact = (tiny_model(architecture).to(torch.bfloat16) for _ in range(2))
+def test_four_bits_are_a_quarter_of_the_memory_and_as_fine_as_those_of_qlora():
+    model, exact = (tiny_model(**WIDE).to(torch.bfloat16) for _ in range(2))
     quantize(model, "nf4")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
     assert layers
@@ -68,7 +69,15 @@ def test_four_bits_are_a_quarter_of_the_memory_and_as_fine_as_those_of_qlora(arc
     for name, layer in layers.items():
         matrix = matrix_of(exact.get_submodule(name)).float()
         assert 2 * layer.quantized.nbytes == matrix.numel()
-        assert 0.05 < float((layer.weight.float() - matrix).norm() / matrix.norm()) < 0.2
+        # Of normally distributed numbers in groups of 64, nf4 loses 9 %.
+        assert 0.08 < float((layer.weight.float() - matrix).norm() / matrix.norm()) < 0.105
+
+
+def test_four_bits_are_refused_where_bitsandbytes_gets_them_wrong():
+    model = tiny_model()
+    with pytest.raises(BaseError, match="multiple of 64 inputs, and this base has some of 32"):
+        quantize(model, "nf4")
+    assert not any(isinstance(layer, Nf4Linear) for layer in model.modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -91,7 +100,7 @@ def test_a_row_of_zeros_stays_zero():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_is_opened_quantised_by_name_and_keeps_its_fingerprint(kind, tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_model(**WIDE).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     plain = open_base(str(tmp_path), device="cpu")
     base = open_base(str(tmp_path), device="cpu", quantize=kind)

@@ -10,6 +10,7 @@ memory, not time (`docs/log.md` compares with torchao and bitsandbytes).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from loramix.errors import BaseError
 from loramix.linear import children, matrix_of
 
 LEVELS = 127  # of either sign
+GROUP = 64  # numbers that share a scale in four bits
 FEW_ROWS = 4  # up to so many, torch's kernel that reads int8 is faster than widening first
 
 
@@ -106,13 +108,25 @@ class Nf4Linear(nn.Module):
 def quantize(model: Any, kind: str = "int8") -> None:
     """Round the linear layers of a frozen transformers model, in place, but its output layer.
 
-    Raises BaseError for nf4 if bitsandbytes is missing.
+    Raises BaseError for nf4 if bitsandbytes is missing, or gets a layer's numbers wrong.
     """
     rounded = {"int8": Int8Linear, "nf4": Nf4Linear}[kind]
     head = model.get_output_embeddings()
-    for owner, name, layer in children(model, nn.Linear, Conv1D):
-        if layer is not head:
-            setattr(owner, name, rounded(layer))
+    layers = [found for found in children(model, nn.Linear, Conv1D) if found[2] is not head]
+    if kind == "nf4":
+        _check_widths([layer for _, _, layer in layers])
+    for owner, name, layer in layers:
+        setattr(owner, name, rounded(layer))
+
+
+def _check_widths(layers: Sequence[nn.Linear | Conv1D]) -> None:
+    """BaseError for rows that are not whole groups: bitsandbytes 0.50 mixes up their scales."""
+    widths = {matrix_of(layer).shape[1] for layer in layers}
+    if odd := sorted(width for width in widths if width % GROUP):
+        raise BaseError(
+            f"Four bits need layers of a multiple of {GROUP} inputs, and this base has some of "
+            f"{odd[0]}; quantise to int8."
+        )
 
 
 def _bitsandbytes() -> Any:

@@ -18,6 +18,7 @@ from loramix.train.loop import Stopped, gradients, train
 from tests.tiny import tiny_base
 from tests.train.small import SETTINGS, course
 
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole groups of 64
 KINDS = {"int8": Int8Linear, "nf4": Nf4Linear}
 LARGE = dataclasses.replace(SETTINGS, rank=128)  # smaller factors bitsandbytes leaves in 32 bits
 
@@ -38,7 +39,7 @@ def found(base, run):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_over_a_rounded_base_are_those_over_its_rounded_matrices(kind, checkpointing):
-    base, twin = tiny_base(), tiny_base()
+    base, twin = tiny_base(**WIDE), tiny_base(**WIDE)
     quantize(base.model, kind)
     for name, layer in base.model.named_modules():
         if isinstance(layer, KINDS[kind]):
@@ -52,7 +53,7 @@ def test_gradients_over_a_rounded_base_are_those_over_its_rounded_matrices(kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rounded_base_keeps_no_wide_matrix_for_the_gradient(kind):
-    base = tiny_base()
+    base = tiny_base(**WIDE)
     quantize(base.model, kind)
     layer = base.model.model.layers[0].mlp.up_proj
     sizes = []
@@ -94,7 +95,7 @@ def test_adamw_in_eight_bits_remembers_in_eight_bits():
 def test_without_bitsandbytes_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(LoramixError, match=r"Four bits need bitsandbytes; .*loramix\[quant\]"):
-        quantize(tiny_base().model, "nf4")
+        quantize(tiny_base(**WIDE).model, "nf4")
     settings = dataclasses.replace(SETTINGS, optimizer="adamw8bit")
     with pytest.raises(LoramixError, match=r"eight bits needs bitsandbytes; .*loramix\[quant\]"):
         train(tiny_base(), [course(tiny_base(), "x", settings=settings)])
