@@ -27,6 +27,10 @@ from loramix.mix import Mix
 from tests.test_tiles import needs_tiles
 from tests.tiny import folded, random_adapter, tiny_base, tiny_model
 
+# oneDNN keeps the kernels of the last 1024 shapes, of which only then no more come (docs/log.md).
+for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(cache, "64")
+
 MINUTES = float(os.environ.get("SOAK_MINUTES", "20"))
 CLIENTS = 24
 FLAT_BYTES = 32 << 20  # more than this between the first quarter and the end is a leak
