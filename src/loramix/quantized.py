@@ -120,7 +120,7 @@ def quantize(model: Any, kind: str = "int8") -> None:
 
 
 def _check_widths(layers: Sequence[nn.Linear | Conv1D]) -> None:
-    """BaseError for rows that are not whole groups: bitsandbytes 0.50 mixes up their scales."""
+    """BaseError for rows that are not whole groups: bitsandbytes 0.50 gets them wrong."""
     widths = {matrix_of(layer).shape[1] for layer in layers}
     if odd := sorted(width for width in widths if width % GROUP):
         raise BaseError(

@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from tests.served import served
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -141,11 +142,5 @@ def running() -> Iterator[Forge]:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    forge.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield forge
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with served(Handler) as forge.url:
+        yield forge

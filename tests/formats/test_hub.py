@@ -7,9 +7,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from loramix.errors import AdapterError
 from loramix.formats import peft
 from loramix.formats.hub import fetch, is_hub_id
 from tests.formats.layouts import folder
+from tests.served import served
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FETCH = """
@@ -130,14 +130,8 @@ def hub(tmp_path):
     source = folder(tmp_path / "source")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     hub = Hub(files | {"model.safetensors": b"a whole base"}, tmp_path / "cache")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with served(handler(hub)) as hub.url:
+        yield hub
 
 
 def test_an_adapter_is_fetched_once_and_alone(hub):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import ThreadingHTTPServer
 
 import pytest
 
@@ -12,6 +10,7 @@ from loramix.errors import TrainError
 from loramix.train.online import fetch_rows, is_hub_source
 from loramix.train.recipe import plan
 from tests.formats.test_hub import COMMIT, Hub, handler
+from tests.served import served
 
 PAIRS = [{"prompt": f"say {n}", "completion": f"{n} is said"} for n in range(4)]
 TALKS = [
@@ -84,14 +83,8 @@ def hub(tmp_path):
         "loader.py": b"raise SystemExit('code of a repository was run')",
     }
     hub = Hub(files, tmp_path / "cache")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with served(handler(hub)) as hub.url:
+        yield hub
 
 
 def read(hub, folder, *names, **environment):
