@@ -202,10 +202,10 @@ CASES: list[tuple[str, ...]] = [
     ("adapters", "add", "JUNK/good", "--examples", "JUNK/rows.jsonl"),
     ("adapters", "add", "no spaces in hub ids"),
     ("adapters", "add", ""),
-    ("router", "fit", "--examples", "JUNK/not-there"),
-    ("router", "fit", "--examples", "JUNK/rows.jsonl"),
-    ("router", "fit", "--examples", "JUNK/keys.jsonl"),
-    ("router", "fit", "--examples", "JUNK/stranger.jsonl"),
+    ("route", "fit", "JUNK/not-there"),
+    ("route", "fit", "JUNK/rows.jsonl"),
+    ("route", "fit", "JUNK/keys.jsonl"),
+    ("route", "fit", "JUNK/stranger.jsonl"),
 ]
 
 

@@ -123,7 +123,7 @@ BAD = {
     "host: 3": r"host: .* string, not 3",
     "base: 3": r"base: input should be .*",
     "base: {model: a, dtype: int4}": r"base.dtype: input should be 'auto', .* not 'int4'",
-    "base: {model: a, quantize: int4}": r"base.quantize: .* 'none' or 'int8'",
+    "base: {model: a, quantize: int4}": r"base.quantize: .* 'none', 'int8' or 'nf4'",
     "base: {mdel: a}": r"base.mdel is no setting; did you mean 'model'\?",
     "router: rulez": r"router.kind: input should be 'auto', .* not 'rulez'",
     "router: {kind: rules}": r"router: kind rules needs file",
