@@ -1,8 +1,10 @@
 """Calls from other threads reach an event loop in order, all of them, with few wake-ups."""
 
 import asyncio
+import contextlib
 import gc
 import threading
+import time
 import weakref
 
 from loramix.engine.outbox import Outbox, Outboxes
@@ -64,3 +66,28 @@ def test_a_loop_that_has_ended_is_called_no_more_and_not_kept():
     gc.collect()
     assert ended() is None
     box.put(print, "nobody is there")
+
+
+def test_what_is_put_while_boxes_are_held_arrives_together_when_they_are_not():
+    got, seen = [], []
+
+    async def main():
+        boxes = Outboxes()
+        box = boxes.here()
+
+        def step():
+            with contextlib.suppress(RuntimeError), boxes.together():
+                for number in range(3):
+                    box.put(got.append, number)
+                    time.sleep(0.02)
+                    seen.append(len(got))
+                raise RuntimeError("the step failed")
+            box.put(got.append, 3)
+
+        await asyncio.to_thread(step)
+        while len(got) < 4:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    assert seen == [0, 0, 0]
+    assert got == [0, 1, 2, 3]

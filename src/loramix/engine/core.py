@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -40,7 +41,9 @@ class Core:
         scheduler: Scheduler,
         num_threads: int | None = None,
         tiler: Tiler | None = None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`together` is around what a step has to tell, so that it is told at once."""
         self.frozen = FrozenLayers(model, tiler)
         self.mixed = MixedModel(model, tiler)
         self.model = model
@@ -48,6 +51,7 @@ class Core:
         self._configs = configs(model)
         self._users: Counter[str] = Counter()  # of each adapter bound to the model
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._together = together
         self._num_threads = num_threads or sensible_threads()
         self._lock = threading.Lock()
         self._closed = False
@@ -165,7 +169,8 @@ class Core:
         batch = self.scheduler.next_batch()
         try:
             logits = self.forward(batch)
-            self.scheduler.record(batch, logits)
+            with self._together():
+                self.scheduler.record(batch, logits)
         except Exception as error:
             for part in batch.parts:
                 self.scheduler.drop(part.task, step_failed(error))

@@ -109,7 +109,10 @@ class LocalEngine:
             kv_bytes=kv_bytes,
         )
         self._max_queue = max_queue
-        self._core = Core(base.model, self._scheduler, num_threads, tiler)
+        self._outboxes = Outboxes()
+        self._core = Core(
+            base.model, self._scheduler, num_threads, tiler, together=self._outboxes.together
+        )
         self._loaded = LoadedAdapters(base, library, self._core, adapter_bytes)
         self._generation = base.model.generation_config
         vocabulary = vocabulary_size(base.model)
@@ -121,7 +124,6 @@ class LocalEngine:
             kv_bytes=kv_bytes,
         )
         self._forms = Forms(base.tokenizer, vocabulary, end_tokens(self._generation))
-        self._outboxes = Outboxes()
         self._core.start()
         self._closer = weakref.finalize(self, self._core.close)
         try:

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
 class Outbox:
     """Calls functions on an event loop, in order. Waking a loop costs more than a call in it.
 
-    So the first call of a step wakes it, and the others are there when it comes. A loop that has
-    ended is called no more.
+    So one call wakes it, and those made until it comes, or while the box is held, are there then.
+    A loop that has ended is called no more.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
         self._calls: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._is_on_its_way = False
+        self._is_held = False
 
     def put(self, call: Callable[[Any], None], value: object) -> None:
         """Have `call(value)` made on the loop soon; from any thread."""
         self._calls.append((call, value))
+        if not self._is_held:
+            self._wake()
+
+    def hold(self) -> None:
+        """Let calls wait for `release`."""
+        self._is_held = True
+
+    def release(self) -> None:
+        self._is_held = False  # before the look: a call put meanwhile is seen, or wakes the loop
+        if self._calls:
+            self._wake()
+
+    def _wake(self) -> None:
         if self._is_on_its_way:  # then it has not begun to empty the calls
             return
         self._is_on_its_way = True
@@ -47,10 +62,28 @@ class Outboxes:
         self._boxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Outbox] = (
             weakref.WeakKeyDictionary()
         )
+        self._lock = threading.Lock()
 
     def here(self) -> Outbox:
         """That of the running loop."""
         loop = asyncio.get_running_loop()
-        if loop not in self._boxes:
-            self._boxes[loop] = Outbox(loop)
-        return self._boxes[loop]
+        with self._lock:
+            if loop not in self._boxes:
+                self._boxes[loop] = Outbox(loop)
+            return self._boxes[loop]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is put meanwhile, by any thread, arrives together at the end.
+
+        A loop that was woken by the first would take the interpreter from who puts the others.
+        """
+        with self._lock:
+            boxes = list(self._boxes.values())
+        for box in boxes:
+            box.hold()
+        try:
+            yield
+        finally:
+            for box in boxes:
+                box.release()

@@ -70,12 +70,11 @@ class Access:
         kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
         given = secret.strip() if kind.lower() == "bearer" else ""
         store = self._service.store
-        if store is None or not await has_keys(self._service):
-            require_neighbour(scope, self._service)
-            return None
-        key = await asyncio.to_thread(store.keys.find, given) if given else None
-        if key is None:
+        key = await asyncio.to_thread(store.keys.find, given) if store and given else None
+        if key is None and await has_keys(self._service):
             raise NotKnown(bool(given))
+        if key is None:
+            require_neighbour(scope, self._service)
         return key
 
 
