@@ -198,9 +198,9 @@ def rounding(base: Path, out: Path, adapters: Sequence[Path]) -> dict[str, float
     import torch
 
     from loramix.formats import peft
-    from loramix.merge.checkpoint import open_checkpoint
+    from loramix.merge.stored import open_stored
 
-    before, after = open_checkpoint(base).tensors, open_checkpoint(out).tensors
+    before, after = open_stored(base).tensors, open_stored(out).tensors
     pairs = [peft.read(path).pairs for path in adapters]
     lost, best, whole, wrong, count = 0.0, 0.0, 0.0, 0, 0
     for layer in pairs[0]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,45 @@ def ties_normalised(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
 
 def magnitude_prune(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
     return weighed(torch.stack([trim(d, density) for d in deltas]), weights).sum(0)
+
+
+def dare(deltas: Tensor, weights: Tensor, density: float, drawn: Tensor) -> Tensor:
+    return weighed(kept_at_random(deltas, density, drawn), weights).sum(0)
+
+
+def dare_ties(deltas: Tensor, weights: Tensor, density: float, drawn: Tensor) -> Tensor:
+    return elect_and_average(weighed(kept_at_random(deltas, density, drawn), weights))
+
+
+def kept_at_random(deltas: Tensor, density: float, drawn: Tensor) -> Tensor:
+    """DARE: drop with the chance 1 - density, rescale the rest; `drawn` is uniform in [0, 1)."""
+    mask = (drawn < density).double()
+    return mask * deltas / density
+
+
+def della(deltas: Tensor, weights: Tensor, density: float, epsilon: float, drawn: Tensor) -> Tensor:
+    kept = [kept_by_rank(d, density, epsilon, u) for d, u in zip(deltas, drawn, strict=True)]
+    return elect_and_average(weighed(torch.stack(kept), weights))
+
+
+def della_linear(
+    deltas: Tensor, weights: Tensor, density: float, epsilon: float, drawn: Tensor
+) -> Tensor:
+    kept = [kept_by_rank(d, density, epsilon, u) for d, u in zip(deltas, drawn, strict=True)]
+    return weighed(torch.stack(kept), weights).sum(0)
+
+
+def kept_by_rank(d: Tensor, density: float, epsilon: float, drawn: Tensor) -> Tensor:
+    """DELLA's MAGPRUNE, entry by entry: chances in even steps by rank within the row."""
+    kept = torch.zeros_like(d)
+    step = 2 * epsilon / (d.shape[1] - 1)
+    for row, entries in enumerate(d.tolist()):
+        ranked = sorted(range(len(entries)), key=lambda column: abs(entries[column]))
+        for rank, column in enumerate(ranked):
+            chance = density - epsilon + step * rank
+            if drawn[row, column] < chance:
+                kept[row, column] = entries[column] / chance
+    return kept
 
 
 def breadcrumbs(deltas: Tensor, weights: Tensor, density: float, gamma: float) -> Tensor:
@@ -85,6 +126,14 @@ def karcher(deltas: Tensor, weights: Tensor) -> Tensor:
             break
         mean = step.norm().cos() * mean + step.norm().sin() * step / step.norm()
     return (mean * (shares @ norms)).view_as(deltas[0])
+
+
+def mean_direction(deltas: Tensor, weights: Tensor) -> Tensor:
+    """The normalised weighted mean of directions, as long as the updates are on average."""
+    shares = weights / weights.sum()
+    norms = deltas.flatten(1).norm(dim=1)
+    mean = weighed(deltas, shares / norms).sum(0)
+    return mean / mean.norm() * (shares @ norms)
 
 
 def model_stock(deltas: Tensor, weights: Tensor) -> Tensor:
@@ -143,13 +192,59 @@ def core_ties(factors: list[tuple[Tensor, Tensor]], weights: Tensor, density: fl
     return u @ ties(cores, weights, density) @ vt
 
 
-def knots_ties(deltas: Tensor, weights: Tensor, density: float, rank: int) -> Tensor:
-    """KnOTS: align by the SVD of all updates side by side, merge the right parts."""
-    width = deltas.shape[2]
+def core_dare_ties(
+    factors: list[tuple[Tensor, Tensor]], weights: Tensor, density: float, drawn: Tensor
+) -> Tensor:
+    u, vt, cores = core_of(factors)
+    return u @ dare_ties(cores, weights, density, drawn) @ vt
+
+
+def aligned(deltas: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """KnOTS: the SVD of all updates side by side; U, and the part of S V^T that is each one's."""
     u, s, vt = torch.linalg.svd(torch.cat(list(deltas), 1), full_matrices=False)
     right = s[:rank, None] * vt[:rank]
-    parts = torch.stack([right[:, k * width : (k + 1) * width] for k in range(len(deltas))])
-    return u[:, :rank] @ ties(parts, weights, density)
+    return u[:, :rank], torch.stack(right.chunk(len(deltas), 1))
+
+
+def knots_ties(deltas: Tensor, weights: Tensor, density: float, rank: int) -> Tensor:
+    u, parts = aligned(deltas, rank)
+    return u @ ties(parts, weights, density)
+
+
+def knots_dare_ties(
+    deltas: Tensor, weights: Tensor, density: float, rank: int, drawn: Tensor
+) -> Tensor:
+    u, parts = aligned(deltas, rank)
+    return u @ dare_ties(parts, weights, density, drawn)
+
+
+def lora_lego(factors: list[tuple[Tensor, Tensor]], weights: Tensor, rank: int) -> Tensor:
+    """LoRA-LEGO with the best of all clusterings of [a; b], sought one by one; for few units."""
+    units = torch.cat(
+        [units_of(weight * b @ a, len(a)) for weight, (b, a) in zip(weights, factors, strict=True)]
+    )
+    out = factors[0][0].shape[0]
+    least, found = torch.inf, None
+    for owner in product(range(rank), repeat=len(units)):
+        if len(set(owner)) < rank:
+            continue
+        for signs in product((1.0, -1.0), repeat=len(units)):
+            signed = units * torch.tensor(signs)[:, None]
+            groups = [signed[torch.tensor(owner) == k] for k in range(rank)]
+            cost = sum(float((group - group.mean(0)).square().sum()) for group in groups)
+            if cost < least:
+                least, found = cost, groups
+    centroids = torch.stack(
+        [g.mean(0) / g.mean(0).norm() * g.norm(dim=1).mean() for g in found or ()]
+    )
+    return (len(units) / rank) ** 0.5 * centroids[:, :out].T @ centroids[:, out:]
+
+
+def units_of(delta: Tensor, rank: int) -> Tensor:
+    """The rank-one units [b; a] of an update, halves of one length, [rank, O + D]."""
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    root = s[:rank].sqrt()
+    return torch.cat([(u[:, :rank] * root).T, root[:, None] * vt[:rank]], 1)
 
 
 def regmean(

@@ -15,11 +15,11 @@ from loramix.errors import BaseMismatch, MergeError
 from loramix.formats import peft
 from loramix.formats.readme import describe, render
 from loramix.lora import Pair
-from loramix.merge.checkpoint import open_checkpoint
 from loramix.merge.fold import merge_adapters
 from loramix.merge.lint import fingerprint, lint
 from loramix.merge.proof import prove
 from loramix.merge.recipe import Recipe, settings_of
+from loramix.merge.stored import open_stored
 from loramix.merge.stream import merge_into
 from loramix.mix import Mix
 from tests.peft_twin import PROBE, load_in_peft
@@ -49,7 +49,7 @@ def test_a_base_has_one_fingerprint_open_or_on_disk(architecture, dtype, tmp_pat
     base = tiny_base(architecture)
     if architecture == "gpt_neox":
         pytest.skip("its output layer has an older name in files")
-    assert fingerprint(open_checkpoint(save(base, tmp_path / "base", dtype))) == base.fingerprint
+    assert fingerprint(open_stored(save(base, tmp_path / "base", dtype))) == base.fingerprint
 
 
 def test_it_is_told_whether_the_base_is_the_one(llama):
@@ -112,7 +112,7 @@ def test_what_rounding_loses_is_that_of_the_merge(architecture, tmp_path):
     save(base, folder, torch.bfloat16)
     told = lint(adapters, both("a"), folder).lost
     merge_into(folder, adapters, both("a"), tmp_path / "out")
-    before, after = (open_checkpoint(at).tensors for at in (folder, tmp_path / "out"))
+    before, after = (open_stored(at).tensors for at in (folder, tmp_path / "out"))
     lost, whole = 0.0, 0.0
     for layer, pair in small.items():
         name = next(key for key in before if key.endswith(f"{layer}.weight"))

@@ -15,8 +15,8 @@ import subprocess
 import pytest
 import torch
 
-from loramix.merge.checkpoint import open_checkpoint
 from loramix.merge.recipe import Recipe, settings_of
+from loramix.merge.stored import open_stored
 from loramix.merge.stream import merge_into
 from loramix.mix import Mix
 from tests.tiny import folded, random_adapter, tiny_base
@@ -84,7 +84,7 @@ def test_mergekit_agrees(theirs, given, method, settings, work, tmp_path):
     how = Recipe(Mix(weights), method, settings_of(settings))
     merge_into(folder / "base", adapters, how, tmp_path / "ours")
     places = folder / "base", tmp_path / "theirs", tmp_path / "ours"
-    before, other, mine = (open_checkpoint(place).tensors for place in places)
+    before, other, mine = (open_stored(place).tensors for place in places)
     for layer in adapters["a"].pairs:
         name = f"{layer}.weight"
         rows = [at[name].rows(0, at[name].shape[0]).double() for at in (before, other, mine)]

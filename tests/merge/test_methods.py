@@ -1,4 +1,4 @@
-"""What every merge method keeps, and each against its paper's dense form (dense.py)."""
+"""What every merge method keeps, whatever it does."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from loramix.errors import MergeError
 from loramix.lora import Pair
 from loramix.merge.methods import METHODS, find
-from loramix.merge.rows import View, combined
+from loramix.merge.registry import ELSEWHERE
+from loramix.merge.rows import View
 from loramix.merge.updates import Inputs, Updates
 from tests.merge import dense
+from tests.merge.layer import OUT, THREE, D, close, deltas, merged, pair, updates
 
-OUT, D = 37, 29
 IDENTITY = {"density": 1.0, "epsilon": 0.0, "gamma": 0.0}
 ISOTROPIC = {"iso-c"}  # its one update is not itself, by definition
 PAIRS_ONLY = {"slerp"}
@@ -25,52 +26,8 @@ ORDERED = {"lora-lego"}  # orthogonal units are as close as their negatives: a t
 names = pytest.mark.parametrize("name", sorted(METHODS))
 
 
-def pair(rank, seed=0, *, out=OUT, width=D):
-    g = torch.Generator().manual_seed(seed)
-    return Pair(torch.randn(rank, width, generator=g), torch.randn(out, rank, generator=g))
-
-
-def rows_of(name, width=D, count=64):
-    """What a layer is given while an adapter answers, [N, D]: of another shape for each of them."""
-    g = torch.Generator().manual_seed(ord(name))
-    x = torch.randn(count, width, generator=g, dtype=torch.float64)
-    return x @ torch.randn(width, width, generator=g, dtype=torch.float64) * width**-0.5
-
-
-def inputs_of(names, pairs):
-    a = torch.cat([p.a.double() for p in pairs if p])
-    rows = [rows_of(name, a.shape[1]) for name in names]
-    gram = torch.stack([(x @ a.T).T @ (x @ a.T) / len(x) for x in rows])
-    return Inputs(gram, torch.stack([x.square().mean(0) for x in rows]))
-
-
-def updates(*terms, layer="model.layers.3.mlp.up_proj", seed=0, names="abcdefgh"):
-    """Of (weight, pair or None), named a, b, c, ..."""
-    weights = torch.tensor([weight for weight, _ in terms], dtype=torch.float64)
-    names, pairs = tuple(names[: len(terms)]), tuple(each for _, each in terms)
-    return Updates(layer, names, weights, pairs, seed=seed, inputs=inputs_of(names, pairs))
-
-
-def merged(name, given, **options):
-    """The merged update as a float64 matrix."""
-    found = find(name).apply(given, **options)
-    if isinstance(found, Pair):
-        return found.b.double() @ found.a.double()
-    return combined(given.view(), found).double()
-
-
 def identity(name):
     return {key: value for key, value in IDENTITY.items() if key in find(name).defaults}
-
-
-def deltas(given):
-    return torch.stack(
-        [p.b.double() @ p.a.double() if p else torch.zeros(OUT, D).double() for p in given.pairs]
-    )
-
-
-def close(found, expected, tolerance=2e-5):
-    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 @names
@@ -125,144 +82,31 @@ def test_parameters_out_of_range_are_refused(name):
                 merged(name, updates((1.0, pair(2, 1)), (1.0, pair(2, 2))), **{key: value})
 
 
-@pytest.fixture(scope="module")
-def three():
-    return updates((0.5, pair(3, 1)), (0.25, pair(5, 2)), (1.5, pair(2, 3)))
-
-
-def test_sum_and_average_are_linear(three):
-    expected = dense.weighed(deltas(three), three.weights).sum(0)
-    close(merged("sum", three), expected, 1e-6)
-    close(merged("average", three), expected / three.weights.sum(), 1e-6)
-    close(merged("weighted", three), expected, 1e-6)
-    close(merged("weighted", three, normalise=1), expected / three.weights.sum(), 1e-6)
-
-
-@pytest.mark.parametrize("density", [0.0, 0.01, 0.2, 0.77, 1.0])
-@pytest.mark.parametrize("name", ["ties", "ties-normalised", "magnitude-prune", "sce"])
-def test_entries_against_the_papers(name, density, three):
-    reference = getattr(dense, name.replace("-", "_"))
-    expected = reference(deltas(three), three.weights, density)
-    if density == 0:
-        assert merged(name, three, density=0.0).eq(0).all()
-        return
-    close(merged(name, three, density=density), expected)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.001, 0.1])
-def test_breadcrumbs_against_the_paper(gamma, three):
-    expected = dense.breadcrumbs(deltas(three), three.weights, 0.5, gamma)
-    assert expected.any()  # at gamma 0 mergekit returns zeros
-    close(merged("breadcrumbs", three, density=0.5, gamma=gamma), expected)
-
-
-def test_spheres_against_the_papers(three):
-    two = updates((0.25, pair(3, 1)), (0.5, pair(5, 2)))
-    close(merged("slerp", two), dense.slerp(deltas(two), two.weights))
-    close(merged("karcher", three), dense.karcher(deltas(three), three.weights))
-    near = [pair(3, 1)] * 3
-    near = [Pair(p.a + 0.3 * torch.randn(3, D), p.b) for p in near]
-    alike = updates(*((1.0, p) for p in near))
-    close(merged("model-stock", alike), dense.model_stock(deltas(alike), alike.weights))
-
-
-def test_mean_direction_is_not_the_karcher_mean(three):
-    one, other = merged("karcher", three), merged("mean-direction", three)
-    assert one.norm().item() == pytest.approx(other.norm().item())
-    assert (one - other).norm() > 0.01 * one.norm()
-
-
-def test_singular_vectors_against_the_papers(three):
-    ranks = [p.rank for p in three.pairs]
-    close(merged("tsv-m", three), dense.tsv_m(deltas(three), three.weights, ranks))
-    close(merged("iso-c", three), dense.iso_c(deltas(three), three.weights, sum(ranks)))
-
-
-def test_coordinates_against_the_papers(three):
-    factors = [(p.b.double(), p.a.double()) for p in three.pairs]
-    expected = dense.core_ties(factors, three.weights, 0.3)
-    close(merged("core-ties", three, density=0.3), expected)
-    close(merged("core-sum", three), dense.core_sum(factors, three.weights))
-    ranks = [p.rank for p in three.pairs]
-    close(merged("core-tsv", three), dense.core_tsv(factors, three.weights, ranks))
-    expected = dense.knots_ties(deltas(three), three.weights, 0.3, three.rank)
-    close(merged("knots-ties", three, density=0.3), expected)
-
-
-@pytest.mark.parametrize("off_diagonal", [0.0, 0.1, 0.9, 1.0])
-@pytest.mark.parametrize("ranks", [(3, 5, 2), (20, 5, 9)], ids=["few", "all directions"])
-def test_regmean_against_the_paper(ranks, off_diagonal):
-    """As dense as in the paper; with ranks that add up to D it is the paper's own, nothing less."""
-    pairs = [pair(rank, seed) for seed, rank in enumerate(ranks)]
-    given = updates(*zip((0.5, 0.25, 1.5), pairs, strict=True))
-    a = torch.cat([p.a for p in pairs]).double()
-    seen = torch.linalg.svd(a, full_matrices=False).Vh.T
-    rows = [rows_of(name) for name in given.names]
-    expected = dense.regmean(deltas(given), rows, given.shares, off_diagonal, seen)
-    if sum(ranks) > D:
-        free = dense.regmean(deltas(given), rows, given.shares, off_diagonal, torch.eye(D).double())
-        close(expected, free, 1e-9)
-    close(merged("regmean", given, off_diagonal=off_diagonal), expected)
-
-
-def test_regmean_is_the_average_where_rows_do_not_differ(three):
-    gram, squares = three.inputs.gram[:1], three.inputs.squares[:1]
-    given = replace(three, inputs=Inputs(gram.expand(3, -1, -1), squares.expand(3, -1)))
-    close(merged("regmean", given), merged("average", given))
-    assert (merged("regmean", three) - merged("average", three)).norm() > 0.1
-
-
-def test_regmean_is_the_average_where_rows_say_nothing(three):
-    """Two tokens each span few directions; in the others no update is better than another."""
-    a = torch.cat([p.a.double() for p in three.pairs])
-    x = torch.randn(2, D, generator=torch.Generator().manual_seed(0)).double()
-    gram = (x @ a.T).T @ (x @ a.T) / 2
-    given = replace(three, inputs=Inputs(gram.expand(3, -1, -1), x.square().mean(0).expand(3, -1)))
-    close(merged("regmean", given, off_diagonal=1), merged("average", given), 1e-4)
-
-
 @pytest.mark.parametrize("name", ["dare", "della-linear"])
-def test_random_drops_are_right_on_average(name, three):
+def test_random_drops_are_right_on_average(name):
     draws = [
-        merged(name, updates(*zip(three.weights.tolist(), three.pairs, strict=True), seed=seed))
+        merged(name, updates(*zip(THREE.weights.tolist(), THREE.pairs, strict=True), seed=seed))
         for seed in range(200)
     ]
-    expected = merged("sum", three)
+    expected = merged("sum", THREE)
     assert (torch.stack(draws).mean(0) - expected).norm() < 0.15 * expected.norm()
     assert (draws[0] - expected).norm() > 0.5 * expected.norm()
 
 
-def test_dare_keeps_entries_or_drops_them_whole(three):
-    one = updates((1.0, three.pairs[0]))
+def test_dare_keeps_entries_or_drops_them_whole():
+    one = updates((1.0, THREE.pairs[0]))
     found, whole = merged("dare", one, density=0.25), deltas(one)[0]
     kept = found != 0
     torch.testing.assert_close(found[kept], 4 * whole[kept], rtol=1e-5, atol=1e-5)
     assert 0.2 < kept.float().mean() < 0.3
 
 
-def test_lego_makes_as_many_units_as_asked_for(three):
-    assert find("lora-lego").apply(three, rank=4).rank == 4
-    twice = updates((0.5, pair(3, 1)), (0.5, pair(3, 1)))  # each unit there twice: clusters of two
-    found = merged("lora-lego", twice, rank=3)
-    expected = deltas(twice)[0] * 0.5 * 2**0.5
-    close(found, expected, 1e-4)
-
-
-def test_ties_on_factors_is_another_thing(three):
-    """Trimming and electing on A and B apart, as PEFT's "ties" does, has little to do with it."""
-    same = updates((1.0, pair(4, 1)), (1.0, pair(4, 2)))
-    a = dense.ties(torch.stack([p.a.double() for p in same.pairs]), torch.ones(2), 0.5)
-    b = dense.ties(torch.stack([p.b.double() for p in same.pairs]), torch.ones(2), 0.5)
-    exact = merged("ties", same, density=0.5)
-    assert torch.cosine_similarity((b @ a).flatten(), exact.flatten(), dim=0) < 0.6
-
-
 @pytest.mark.parametrize("block", [1, 29, 30, 64, 10**6])
-def test_no_result_depends_on_how_rows_are_put_in_blocks(block, three, monkeypatch):
-    wanted = {name: merged(name, three) for name in ("ties", "dare", "della", "sce")}
+def test_no_result_depends_on_how_rows_are_put_in_blocks(block, monkeypatch):
+    wanted = {name: merged(name, THREE) for name in ("ties", "dare", "della", "sce")}
     monkeypatch.setattr("loramix.merge.rows.BLOCK", block)
     for name, expected in wanted.items():
-        close(merged(name, three), expected)
+        close(merged(name, THREE), expected)
 
 
 @settings(deadline=None, max_examples=50)
@@ -298,6 +142,10 @@ def test_a_dora_needs_its_base_and_then_merges_by_rows():
 def test_methods_say_what_they_cannot_do():
     with pytest.raises(MergeError, match="expected one of"):
         find("mean")
+    for name, here in [*ELSEWHERE.items(), ("DARE_TIES", "dare-ties")]:
+        with pytest.raises(MergeError, match=f"here it is {here}"):
+            find(name)
+        assert here.split()[0] in METHODS
     with pytest.raises(MergeError, match="karcher"):
         merged("slerp", updates(*((1.0, pair(1, n)) for n in range(3))))
     with pytest.raises(MergeError, match="negative"):

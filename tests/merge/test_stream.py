@@ -1,78 +1,32 @@
-"""A mix inside a copy of the base: every number, every file, and what happens when it is killed."""
+"""A mix inside a copy of the base: every number, every file."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import random
 import shutil
-import signal
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from loramix.errors import BaseError, BaseMismatch, LoramixError, MergeError
-from loramix.formats import peft
 from loramix.formats.licences import stated_licence
 from loramix.formats.readme import describe
-from loramix.lm import POCKET, POCKET_LIBRARY
 from loramix.merge import journal, stream
-from loramix.merge.checkpoint import open_checkpoint
-from loramix.merge.journal import part_of
-from loramix.merge.recipe import Recipe, settings_of
+from loramix.merge.stored import open_stored
 from loramix.merge.stream import merge_into
 from loramix.mix import Mix
 from tests.merge import dense
+from tests.merge.bases import MIX, bytes_of, recipe, save, tensors, two
 from tests.peft_twin import PROBE
 from tests.tiny import folded, random_adapter, tiny_base
-
-MIX = "a:0.6+b:-0.4"
-
-
-def recipe(mix=MIX, method="sum", *given):
-    return Recipe(Mix.parse(mix), method, settings_of(given))
-
-
-def save(base, folder, dtype=torch.float32, shards="20KB"):
-    base.model.to(dtype).save_pretrained(folder, max_shard_size=shards)
-    base.tokenizer.save_pretrained(folder)
-    base.model.float()
-    return folder
-
-
-def tensors(folder):
-    return {k: v for file in Path(folder).glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def logits(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()(PROBE).logits.detach()
-
-
-def two(model, **options):
-    return {
-        "a": random_adapter(model, "a", rank=3, seed=1, **options),
-        "b": random_adapter(model, "b", rank=5, seed=2, share=0.6),
-    }
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """A float32 model in several files, its folder, and two adapters."""
-    base = tiny_base("llama")
-    folder = save(base, tmp_path_factory.mktemp("llama") / "base")
-    assert len(list(folder.glob("*.safetensors"))) > 2
-    return base, folder, two(base.model)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -110,7 +64,7 @@ def test_what_has_no_update_is_the_base_byte_for_byte(llama, tmp_path):
     before, after = tensors(folder), tensors(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{layer}.weight" for layer in adapters["b"].pairs}
-    base, out = open_checkpoint(folder), open_checkpoint(tmp_path / "out")
+    base, out = open_stored(folder), open_stored(tmp_path / "out")
     assert [s.header for s in base.shards] == [s.header for s in out.shards]
     kept = [p for p in folder.iterdir() if p.suffix != ".safetensors" and "index" not in p.name]
     assert len(kept) > 3  # config, generation config, tokenizer, chat template
@@ -122,7 +76,7 @@ def test_each_tensor_has_its_hash(llama, tmp_path):
     _, folder, adapters = llama
     merge_into(folder, adapters, recipe(), tmp_path / "out")
     told = json.loads((tmp_path / "out" / "merge.json").read_text())
-    for stored in open_checkpoint(tmp_path / "out").tensors.values():
+    for stored in open_stored(tmp_path / "out").tensors.values():
         with stored.file.open("rb") as file:
             found = journal.sha256_of(file.fileno(), stored.offset, stored.size_bytes)
         assert told["tensors"][stored.name] == found
@@ -353,98 +307,3 @@ def test_what_is_there_is_kept_until_the_new_one_is_whole(llama, tmp_path):
     merge_into(folder, adapters, recipe("b"), tmp_path / "out", replace=True)
     assert bytes_of(tmp_path / "out") != first
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-class Stop(Exception):
-    """Stands for whatever ends a process."""
-
-
-def stopped_after(count, monkeypatch):
-    """Merges die when they have written so many tensors."""
-    record = journal.Staging.record
-    written = []
-
-    def counting(self, name, sha256):
-        record(self, name, sha256)
-        written.append(name)
-        if len(written) == count:
-            raise Stop
-
-    monkeypatch.setattr(journal.Staging, "record", counting)
-
-
-def test_a_merge_that_died_is_taken_up_where_it_was(llama, tmp_path, monkeypatch):
-    _, folder, adapters = llama
-    merge_into(folder, adapters, recipe(), tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stopped_after(5, patch)
-        with pytest.raises(Stop):
-            merge_into(folder, adapters, recipe(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert not (part_of(tmp_path / "out") / "config.json").exists()
-    (part_of(tmp_path / "out") / ".card.json.0123").write_text("half")  # as a kill may leave it
-    assert merge_into(folder, adapters, recipe(), tmp_path / "out").num_resumed >= 5
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-
-
-def test_what_an_earlier_run_left_is_trusted_only_if_it_is_the_same(llama, tmp_path, monkeypatch):
-    _, folder, adapters = llama
-    merge_into(folder, adapters, recipe(), tmp_path / "whole")
-    for damage in ("bytes", "recipe", "tail", "journal"):
-        earlier = recipe("a") if damage == "recipe" else recipe()
-        with monkeypatch.context() as patch:
-            stopped_after(5, patch)
-            with pytest.raises(Stop):
-                merge_into(folder, adapters, earlier, tmp_path / "out")
-        part = part_of(tmp_path / "out")
-        if damage == "bytes":
-            for file in part.glob("*.safetensors"):
-                file.write_bytes(bytes(file.stat().st_size))
-        elif damage == "tail":
-            with (part / journal.JOURNAL).open("a") as file:
-                file.write('{"tensor": "model.l')
-        elif damage == "journal":
-            (part / journal.JOURNAL).write_bytes(bytes(99) + b"\n")
-        did = merge_into(folder, adapters, recipe(), tmp_path / "out")
-        assert (did.num_resumed >= 5) == (damage == "tail")
-        assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-        shutil.rmtree(tmp_path / "out")
-
-
-def test_two_merges_do_not_write_one_folder(llama, tmp_path):
-    _, folder, adapters = llama
-    with (
-        journal.staging(tmp_path / "out", "other"),
-        pytest.raises(MergeError, match="another process"),
-    ):
-        merge_into(folder, adapters, recipe(), tmp_path / "out")
-
-
-def merge_pocket(out):
-    torch.set_num_threads(1)
-    adapters = {name: peft.read(POCKET_LIBRARY / name) for name in ("sql", "support")}
-    merge_into(POCKET / "base", adapters, recipe("sql:0.5+support:0.5"), out)
-
-
-@pytest.mark.skipif(not POCKET_LIBRARY.exists(), reason="pocket is not built")
-def test_killed_at_any_moment_it_leaves_nothing_that_looks_whole(tmp_path):
-    """SIGKILL at 20 random moments, each run taking up the one before; then the same bytes."""
-    start = time.perf_counter()
-    merge_pocket(tmp_path / "whole")
-    took = time.perf_counter() - start
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
-    moment, killed = random.Random(0), 0
-    while killed < 20:
-        run = server.Process(target=merge_pocket, args=(tmp_path / "out",))
-        run.start()
-        run.join(moment.uniform(0, took))
-        if run.is_alive():
-            os.kill(run.pid, signal.SIGKILL)
-            killed += 1
-        run.join()
-        if (tmp_path / "out").exists():
-            assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-            shutil.rmtree(tmp_path / "out")
-    merge_pocket(tmp_path / "out")
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")

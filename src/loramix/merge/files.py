@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loramix.errors import MergeError
-from loramix.merge.checkpoint import INDEX, ONE, Checkpoint, Stored
+from loramix.merge.stored import INDEX, ONE, Stored, StoredBase
 
 WEIGHTS = (
     ".safetensors",
@@ -51,22 +51,20 @@ class Layout:
         return len(self.headers[file]) + sum(mine)
 
 
-def kept_layout(checkpoint: Checkpoint) -> Layout:
+def kept_layout(base: StoredBase) -> Layout:
     """The files of the base, byte for byte but for the folded tensors."""
     slots = [
-        Slot(tensor, shard.name, tensor.offset)
-        for shard in checkpoint.shards
-        for tensor in shard.tensors
+        Slot(tensor, shard.name, tensor.offset) for shard in base.shards for tensor in shard.tensors
     ]
-    return Layout({shard.name: shard.header for shard in checkpoint.shards}, tuple(slots))
+    return Layout({shard.name: shard.header for shard in base.shards}, tuple(slots))
 
 
-def new_layout(checkpoint: Checkpoint, shard_bytes: int) -> Layout:
+def new_layout(base: StoredBase, shard_bytes: int) -> Layout:
     """Files of at most `shard_bytes` (or one tensor), in the base's order of tensors."""
     if shard_bytes < 1:
         raise MergeError(f"A shard of {shard_bytes} bytes holds nothing; give a size like 2GB.")
     groups: list[list[Stored]] = [[]]
-    for tensor in (tensor for shard in checkpoint.shards for tensor in shard.tensors):
+    for tensor in (tensor for shard in base.shards for tensor in shard.tensors):
         size = sum(each.size_bytes for each in groups[-1])
         if groups[-1] and size + tensor.size_bytes > shard_bytes:
             groups.append([])
@@ -83,9 +81,9 @@ def new_layout(checkpoint: Checkpoint, shard_bytes: int) -> Layout:
     return Layout(headers, tuple(slots))
 
 
-def copy_rest(checkpoint: Checkpoint, folder: Path) -> None:
+def copy_rest(base: StoredBase, folder: Path) -> None:
     """Config, tokenizer, chat template, generation config: every file that holds no weights."""
-    for file in sorted(checkpoint.folder.iterdir()):
+    for file in sorted(base.folder.iterdir()):
         if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "README.md":
             shutil.copyfile(file, folder / file.name)
 

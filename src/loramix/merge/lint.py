@@ -16,11 +16,11 @@ from torch import Tensor
 from loramix.adapter import Adapter
 from loramix.base import SAMPLE
 from loramix.lora import Pair
-from loramix.merge.checkpoint import Checkpoint, Stored, open_checkpoint
 from loramix.merge.core import Core
 from loramix.merge.fold import check_alike
 from loramix.merge.places import Place, places
 from loramix.merge.recipe import Recipe
+from loramix.merge.stored import Stored, StoredBase, open_stored
 from loramix.merge.updates import Updates
 from loramix.mix import Mix
 
@@ -69,9 +69,9 @@ def lint(adapters: Mapping[str, Adapter], recipe: Recipe, base: str | Path | Non
     check_alike(sources.values())
     layers = sorted({layer for adapter in sources.values() for layer in adapter.pairs})
     recipe.check_places(layers)
-    checkpoint = None if base is None else open_checkpoint(base)
-    placed = None if checkpoint is None else places(sources.values(), checkpoint)
-    mark = None if checkpoint is None else fingerprint(checkpoint)
+    opened = None if base is None else open_stored(base)
+    placed = None if opened is None else places(sources.values(), opened)
+    mark = None if opened is None else fingerprint(opened)
     plain = [layer for layer in layers if recipe.updates(layer, sources).are_factors]
     return Lint(
         num_layers=len(layers),
@@ -89,18 +89,18 @@ def trained_elsewhere(adapters: Iterable[Adapter], base: str | Path) -> list[str
     wanted = {adapter.name: adapter.card.base_fingerprint for adapter in adapters}
     if not any(wanted.values()):
         return []
-    found = fingerprint(open_checkpoint(base))
+    found = fingerprint(open_stored(base))
     return [name for name, mark in wanted.items() if _compare(mark, found) == "differs"]
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(base: StoredBase) -> str:
     """`base.fingerprint` of the model in these files, from their bytes: names, shapes, signs.
 
     The same where the files use the names of the model's own parameters, as those of nearly all
     architectures do (GPT-NeoX is one that transformers renames).
     """
     state = hashlib.sha256()
-    for name, stored in sorted(checkpoint.tensors.items()):
+    for name, stored in sorted(base.tensors.items()):
         state.update(f"{name}{stored.shape}".encode())
         state.update(_signs(stored).tobytes())
     return state.hexdigest()[:16]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from loramix.errors import MergeError
-from loramix.merge.checkpoint import Stored, bytes_of, read_into
 from loramix.merge.files import Slot
 from loramix.merge.journal import CHUNK
+from loramix.merge.stored import Stored, bytes_of, read_into
 
 LANES = 8  # threads at most: a disk has no more to give
 AHEAD = 16 << 20  # bytes that the kernel is asked to have read before they are needed

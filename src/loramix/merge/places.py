@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from loramix.adapter import Adapter
 from loramix.errors import BaseMismatch
-from loramix.merge.checkpoint import Checkpoint, Stored
+from loramix.merge.stored import Stored, StoredBase
 
 _PREFIX = re.compile(r"^(?:(?:model|transformer|language_model|text_model)\.)+")
 # Architectures whose c_* layers are Conv1D: the weight is stored [D, O].
@@ -38,28 +38,27 @@ class Place:
     transposed: bool = False
 
 
-def places(adapters: Iterable[Adapter], checkpoint: Checkpoint) -> dict[str, Place]:
+def places(adapters: Iterable[Adapter], base: StoredBase) -> dict[str, Place]:
     """The place of every layer that an adapter updates; BaseMismatch naming those without one."""
     shapes: dict[str, tuple[tuple[int, int], str]] = {}
     for adapter in adapters:
         for layer, pair in adapter.pairs.items():
             shapes.setdefault(layer, ((pair.b.shape[0], pair.a.shape[1]), adapter.name))
-    tensors = checkpoint.tensors
+    tensors = base.tensors
     bare: dict[str, list[Stored]] = {}
     for tensor in tensors.values():
         bare.setdefault(_PREFIX.sub("", tensor.name), []).append(tensor)
     found = {
-        layer: _place(layer, shape, checkpoint, tensors, bare)
-        for layer, (shape, _) in shapes.items()
+        layer: _place(layer, shape, base, tensors, bare) for layer, (shape, _) in shapes.items()
     }
-    if checkpoint.text_config.get("tie_word_embeddings"):
+    if base.text_config.get("tie_word_embeddings"):
         found |= {layer: None for layer in found if layer.endswith("lm_head")}
     strays = sorted(layer for layer, place in found.items() if place is None)
     if strays:
-        raise BaseMismatch(_no_place(strays, len(shapes), shapes[strays[0]][1], checkpoint))
+        raise BaseMismatch(_no_place(strays, len(shapes), shapes[strays[0]][1], base))
     placed = {layer: place for layer, place in found.items() if place}
     for layer, place in placed.items():
-        _check_shape(place, shapes[layer], checkpoint)
+        _check_shape(place, shapes[layer], base)
     _check_apart(placed.values())
     return placed
 
@@ -67,21 +66,21 @@ def places(adapters: Iterable[Adapter], checkpoint: Checkpoint) -> dict[str, Pla
 def _place(
     layer: str,
     shape: tuple[int, int],
-    checkpoint: Checkpoint,
+    base: StoredBase,
     tensors: Mapping[str, Stored],
     bare: Mapping[str, list[Stored]],
 ) -> Place | None:
     """None if the files have no such tensor, or several that it could be."""
     here = _lookup(layer, tensors, bare)
     if here is not None:
-        kind = str(checkpoint.text_config.get("model_type", ""))
+        kind = str(base.text_config.get("model_type", ""))
         transposed = kind in _TRANSPOSED and layer.rpartition(".")[2].startswith("c_")
         return Place(layer, here, 0, here.shape[0], transposed)
     parent, _, part = layer.rpartition(".")
     fused = _FUSED.get(part) and _lookup(f"{parent}.{_FUSED[part]}", tensors, bare)
     if not fused:
         return None
-    start = _offset(part, shape[0], fused, checkpoint)
+    start = _offset(part, shape[0], fused, base)
     return None if start is None else Place(layer, fused, start, start + shape[0])
 
 
@@ -93,12 +92,12 @@ def _lookup(
     return exact or (alike[0] if len(alike) == 1 else None)
 
 
-def _offset(part: str, rows: int, fused: Stored, checkpoint: Checkpoint) -> int | None:
+def _offset(part: str, rows: int, fused: Stored, base: StoredBase) -> int | None:
     """Where a part begins in [q; k; v] or [gate; up]; None if the sizes do not add up."""
     total = fused.shape[0]
     if part in ("gate_proj", "up_proj"):
         return None if 2 * rows != total else rows * (part == "up_proj")
-    config = checkpoint.text_config
+    config = base.text_config
     heads = int(config.get("num_attention_heads") or 0)
     groups = int(config.get("num_key_value_heads") or heads)
     if not heads or total % (heads + 2 * groups):
@@ -109,7 +108,7 @@ def _offset(part: str, rows: int, fused: Stored, checkpoint: Checkpoint) -> int 
     return begin * size if rows == count * size else None
 
 
-def _check_shape(place: Place, wanted: tuple[tuple[int, int], str], checkpoint: Checkpoint) -> None:
+def _check_shape(place: Place, wanted: tuple[tuple[int, int], str], base: StoredBase) -> None:
     (out, width), adapter = wanted
     expected = (width, out) if place.transposed else (place.stop - place.start, width)
     side = place.stored.shape
@@ -117,7 +116,7 @@ def _check_shape(place: Place, wanted: tuple[tuple[int, int], str], checkpoint: 
     if not fits or place.stop - place.start != (side[0] if place.transposed else out):
         raise BaseMismatch(
             f"{adapter!r} has an update of shape {[out, width]} for {place.layer}, which is "
-            f"{list(side)} in {checkpoint.folder}; it was trained for another base: merge it there."
+            f"{list(side)} in {base.folder}; it was trained for another base: merge it there."
         )
     place.stored.dtype  # noqa: B018  refuses what is quantised
 
@@ -134,9 +133,9 @@ def _check_apart(placed: Iterable[Place]) -> None:
         last = place
 
 
-def _no_place(strays: list[str], count: int, adapter: str, checkpoint: Checkpoint) -> str:
+def _no_place(strays: list[str], count: int, adapter: str, base: StoredBase) -> str:
     first = strays[0]
-    text = f"{len(strays)} of {count} updates find no tensor in {checkpoint.folder} (first: {first}"
+    text = f"{len(strays)} of {count} updates find no tensor in {base.folder} (first: {first}"
     if first.endswith("lm_head"):
         return (
             f"{text}): its output layer is the embedding itself, so a folded update would change "

@@ -47,11 +47,25 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
+ELSEWHERE = {  # names in PEFT and mergekit, and what does here what they are meant to do
+    "cat": "sum",
+    "linear": "sum",
+    "task-arithmetic": "sum",
+    "svd": "sum with a rank",
+    "dare-linear": "dare",
+    "multislerp": "mean-direction",
+    "nuslerp": "slerp",
+}
+
+
 def find(name: str) -> Method:
-    """The method of this name; MergeError with the names there are."""
-    if name not in METHODS:
-        raise MergeError(f"No merge method {name!r}; expected one of {', '.join(sorted(METHODS))}.")
-    return METHODS[name]
+    """The method of this name; MergeError with what it is called here, or the names there are."""
+    if name in METHODS:
+        return METHODS[name]
+    dashed = name.lower().replace("_", "-")
+    if known := dashed if dashed in METHODS else ELSEWHERE.get(dashed):
+        raise MergeError(f"No merge method {name!r}; here it is {known}.")
+    raise MergeError(f"No merge method {name!r}; expected one of {', '.join(sorted(METHODS))}.")
 
 
 def coefficients(name: str, *, source: str) -> Callable[[Function], Function]:

@@ -27,7 +27,6 @@ from loramix.formats.card import write_card
 from loramix.formats.hub import fetch, is_hub_id
 from loramix.formats.licences import stated_licence, strictest
 from loramix.lora import Pair
-from loramix.merge.checkpoint import ONE, Checkpoint, Stored, open_checkpoint
 from loramix.merge.files import Layout, copy_rest, kept_layout, new_layout, write_index
 from loramix.merge.fold import check_alike, merged_card, write_recipe
 from loramix.merge.journal import Staging, part_of, sha256_of, staging
@@ -36,6 +35,7 @@ from loramix.merge.places import Place, places
 from loramix.merge.recipe import Recipe
 from loramix.merge.registry import Outcome
 from loramix.merge.rows import BLOCK, Rows, View
+from loramix.merge.stored import ONE, Stored, StoredBase, open_stored
 from loramix.mix import slug
 
 MARGIN = 64 << 20  # bytes left free on the disk
@@ -67,16 +67,16 @@ def merge_into(
     All updates are added in float32 and rounded once. A run that was killed is resumed by the same
     call. Raises BaseError, BaseMismatch, MergeError; `out` is then not there, or as it was.
     """
-    checkpoint, out = open_checkpoint(base), Path(os.path.abspath(out))
-    if checkpoint.folder.resolve().is_relative_to(out.resolve()):
+    opened, out = open_stored(base), Path(os.path.abspath(out))
+    if opened.folder.resolve().is_relative_to(out.resolve()):
         raise MergeError(f"{out} holds the base itself; give another folder to write.")
     sources = {name: adapters[name] for name in recipe.mix}
     check_alike(sources.values())
-    placed = places(sources.values(), checkpoint)
+    placed = places(sources.values(), opened)
     recipe.check_places(placed)
-    layout = kept_layout(checkpoint) if shard_bytes is None else new_layout(checkpoint, shard_bytes)
+    layout = kept_layout(opened) if shard_bytes is None else new_layout(opened, shard_bytes)
     check_disk(out, layout.size_bytes)
-    key = _key(checkpoint, sources, recipe, shard_bytes)
+    key = _key(opened, sources, recipe, shard_bytes)
     owners = _owners(placed.values())
 
     def fold(stored: Stored) -> Fold | None:
@@ -87,13 +87,11 @@ def merge_into(
         aside.sweep(keep=layout.headers)
         resumed = _resumable(aside, layout)
         hashes, worst = _write(aside, layout, fold, resumed)
-        copy_rest(checkpoint, aside.folder)
+        copy_rest(opened, aside.folder)
         if layout.headers.keys() != {ONE}:
             write_index(aside.folder, layout)
-        write_card(_card(checkpoint, sources, recipe), aside.folder)
-        write_recipe(
-            aside.folder, recipe, sources, tensors=hashes, base=str(checkpoint.folder.name)
-        )
+        write_card(_card(opened, sources, recipe), aside.folder)
+        write_recipe(aside.folder, recipe, sources, tensors=hashes, base=str(opened.folder.name))
     return Into(out, len(owners), len(layout.slots), len(resumed), layout.size_bytes, worst)
 
 
@@ -187,11 +185,11 @@ def check_disk(out: Path, size_bytes: int) -> None:
         )
 
 
-def _card(checkpoint: Checkpoint, sources: Mapping[str, Adapter], recipe: Recipe) -> Card:
+def _card(base: StoredBase, sources: Mapping[str, Adapter], recipe: Recipe) -> Card:
     """That of the merged adapter; the base's own licence counts as well."""
     cards = [adapter.card for adapter in sources.values()]
     card = merged_card(slug(str(recipe.mix)), recipe, cards)
-    return replaced(card, licence=strictest([card.licence, stated_licence(checkpoint.folder)]))
+    return replaced(card, licence=strictest([card.licence, stated_licence(base.folder)]))
 
 
 def _write(
@@ -263,12 +261,12 @@ def _resumable(aside: Staging, layout: Layout) -> dict[str, str]:
 
 
 def _key(
-    checkpoint: Checkpoint, sources: Mapping[str, Adapter], recipe: Recipe, shard_bytes: int | None
+    base: StoredBase, sources: Mapping[str, Adapter], recipe: Recipe, shard_bytes: int | None
 ) -> str:
     """What is being made of what: the same key, the same bytes."""
     files = [
-        (shard.name, (checkpoint.folder / shard.name).stat().st_mtime_ns, shard.header.hex())
-        for shard in checkpoint.shards
+        (shard.name, (base.folder / shard.name).stat().st_mtime_ns, shard.header.hex())
+        for shard in base.shards
     ]
     digests = {name: adapter.digest for name, adapter in sources.items()}
     text = json.dumps([files, digests, recipe.describe(), shard_bytes], sort_keys=True)

@@ -72,8 +72,8 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The files of one base."""
+class StoredBase:
+    """A base: its config, and its files as they lie."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -94,7 +94,7 @@ class Checkpoint:
         return inner if isinstance(inner, Mapping) else self.config
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_stored(folder: str | Path) -> StoredBase:
     """Read the headers of a base's files. BaseError if they are not whole, or quantised."""
     folder = Path(folder)
     config = _json(folder / "config.json")
@@ -118,7 +118,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         )
     if any(Path(name).name != name for name in names):
         raise BaseError(f"{folder / INDEX} names files outside its folder; fetch it again.")
-    found = Checkpoint(folder, config, tuple(_shard(folder / name) for name in names))
+    found = StoredBase(folder, config, tuple(_shard(folder / name) for name in names))
     if len(found.tensors) != sum(len(shard.tensors) for shard in found.shards):
         raise BaseError(f"{folder} has a tensor in two files; fetch it again.")
     return found
