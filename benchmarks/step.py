@@ -30,11 +30,7 @@ from loramix.mixed import MixedLinear
 
 WHOLE = "the whole step"
 REST = "scheduling, sampling, reading"
-MODULES = {
-    MixedLinear: "adapters",
-    FrozenLinear: "base",
-    torch.nn.Linear: "base",
-}
+LINEAR = (MixedLinear, FrozenLinear, torch.nn.Linear)  # an update is summed with its base's product
 NAMES = {"attn": "attention", "norm": "norms", "rotary": "positions", "mlp": "activations"}
 
 
@@ -67,9 +63,8 @@ class Clock:
 def kind_of(name: str, module: Any, head: Any) -> str:
     if module is head:
         return "logits"
-    for kind, words in MODULES.items():
-        if isinstance(module, kind):
-            return words
+    if isinstance(module, LINEAR):
+        return "linear layers"
     last = name.rpartition(".")[2]
     return next((words for part, words in NAMES.items() if part in last), "the rest of the model")
 

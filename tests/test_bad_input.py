@@ -209,7 +209,7 @@ CASES: list[tuple[str, ...]] = [
 ]
 
 
-def _tree(*folders: Path) -> str:
+def tree(*folders: Path) -> str:
     """A digest of the names and bytes of everything below some folders."""
     state = hashlib.sha256()
     for file in sorted(f for folder in folders for f in folder.rglob("*")):
@@ -239,7 +239,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     places = (junk, Path(shop.library), Path(shop.base), tmp_path)
-    before = _tree(*places)
+    before = tree(*places)
     status = main(_words(case, junk, shop))
     out, err = capsys.readouterr()
     assert (status, out) == (1, ""), err
@@ -247,7 +247,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(
     assert err.count("\n") == 1
     assert len(err) < 500
     assert err.rstrip().endswith((".", "?"))
-    assert _tree(*places) == before
+    assert tree(*places) == before
 
 
 @pytest.mark.parametrize("name", ["other-model", "other-size", "silent"])

@@ -11,8 +11,9 @@ from loramix.engine import Request, Sampling
 from loramix.engine.local import LocalEngine
 from loramix.errors import EngineError
 from loramix.frozen import FrozenLayers
+from loramix.gates import Gates
 from loramix.mix import Mix
-from loramix.mixed import Gates, MixedModel
+from loramix.mixed import MixedModel
 from loramix.tiles import MOST_ROWS, Tiler, fits
 from tests.tiny import random_adapter, tiny_base, tiny_model
 
@@ -66,6 +67,28 @@ def test_numbers_of_a_row_that_lie_apart_are_read_right(tiler):
     x, matrix, scale = drawn(1, 32, 5).transpose(1, 2), drawn(16, 32), drawn(1, 5, 16)
     wanted = (x.double() @ matrix.double().T) * scale.double()
     assert off(tiler.tiles(matrix).scaled(x, scale), wanted) < ROUNDING
+
+
+@needs_tiles
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 8, 9, MOST_ROWS])
+@pytest.mark.parametrize(("outputs", "width", "rank"), [(64, 32, 2), (192, 96, 34), (128, 1024, 8)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_an_update_is_summed_with_the_base_and_rounded_once(
+    tiler, rows, outputs, width, rank, has_bias
+):
+    torch.manual_seed(rows)
+    layer, x = of_a_base(nn.Linear(width, outputs, bias=has_bias)), drawn(1, rows, width)
+    b, shrunk = drawn(outputs, rank), drawn(1, rows, rank + 6)[..., 3 : 3 + rank]
+    wanted = x.double() @ layer.weight.double().T + shrunk.double() @ b.double().T
+    if has_bias:
+        wanted += layer.bias.double()
+    bias, ours = layer.bias, frozen(layer, tiler)
+    found = ours.for_few.product(x, bias, (shrunk, tiler.tiles(b)))
+    assert float(((found.double() - wanted) / wanted.abs().clamp_min(0.05)).abs().max()) < ROUNDING
+    plain = ours.for_few.product(x, bias)
+    assert torch.equal(ours.for_few.product(x, bias, (0 * shrunk, tiler.tiles(b))), plain)
+    alone = ours.for_few.product(x[:, -1:], bias, (shrunk[:, -1:], tiler.tiles(b)))
+    assert torch.equal(alone, found[:, -1:])
 
 
 def of_a_base(layer):
@@ -212,7 +235,7 @@ def test_an_engine_answers_with_tiles_beside_adapters_that_they_cannot_hold():
 def test_what_tiles_need_and_is_not_there_is_said(monkeypatch):
     with pytest.raises(EngineError, match="bfloat16 base on the CPU"):
         LocalEngine(tiny_base(), tiles=True)
-    monkeypatch.setattr("loramix.tiles.shutil.which", lambda _: None)
+    monkeypatch.setattr("loramix.native.shutil.which", lambda _: None)
     if torch.cpu._is_avx512_bf16_supported():
         with pytest.raises(EngineError, match="C compiler"):
             Tiler()

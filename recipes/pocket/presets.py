@@ -13,8 +13,9 @@ from loramix.adapter import Adapter, Card
 from loramix.base import Base, open_base
 from loramix.chat import Example, Message
 from loramix.engine.local import LocalEngine
+from loramix.gates import Gates
 from loramix.mix import Mix
-from loramix.mixed import Gates, MixedModel
+from loramix.mixed import MixedModel
 from loramix.train.batches import IGNORED, micro_batches
 from loramix.train.config import Run
 from loramix.train.data import Row, tokenise

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loramix.linear import children, matrix_of
+from loramix.norms import FrozenNorm, frozen_norm
 from loramix.tiles import MOST_ROWS, Tiler, Tiles
 
 PATIENCE = 8  # steps of one request before the layers are laid out for one
@@ -111,10 +112,14 @@ class FrozenLinear(nn.Module):
             self._original = ()
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., O]
-        few = x.numel() <= MOST_ROWS * self.in_features and x.dtype == self.matrix.dtype
-        if few and self.for_few:
-            return self.for_few.product(x, self.bias)
+        if tiles := self.suiting(x):
+            return tiles.product(x, self.bias)
         return product(x, self.matrix, self.bias)
+
+    def suiting(self, x: Tensor) -> Tiles | None:
+        """The matrix for our function, if that is to multiply these rows."""
+        few = x.numel() <= MOST_ROWS * self.in_features and x.dtype == self.matrix.dtype
+        return self.for_few if few else None
 
     def restored(self) -> nn.Linear | Conv1D:
         """The layer as it was; this one must not be used afterwards."""
@@ -181,12 +186,18 @@ def read_rows(tiles: Tensor, ids: Tensor) -> Tensor:
     return tiles[ids // BLOCK, :, ids % BLOCK].flatten(-2)
 
 
+Frozen = FrozenLinear | FrozenEmbedding | FrozenNorm
+
+
 class FrozenLayers:
-    """The linear layers of a frozen model, taken over in place where they can be packed."""
+    """The layers of a frozen model that are taken over in place: linear ones that can be packed.
+
+    With a tiler, norms too.
+    """
 
     def __init__(self, model: nn.Module, tiler: Tiler | None = None) -> None:
         self._steps_alone = 0
-        self._taken: list[tuple[nn.Module, str, FrozenLinear | FrozenEmbedding]] = []
+        self._taken: list[tuple[nn.Module, str, Frozen]] = []
         self.layers: list[FrozenLinear] = []
         owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         embeddings = {
@@ -207,6 +218,10 @@ class FrozenLayers:
                 self._take(tied[0], tied[1], FrozenEmbedding(tied[2], frozen))
             if tiler:
                 frozen.turn()
+        if tiler:
+            for owner, name, layer in _norms(model):
+                if norm := frozen_norm(layer, tiler.native):
+                    self._take(owner, name, norm)
 
     def suit(self, num_requests: int) -> None:
         """Before a step: turn some layers, if most steps are of another kind by now."""
@@ -225,6 +240,16 @@ class FrozenLayers:
             owner, name, layer = self._taken.pop()
             setattr(owner, name, layer.restored())
 
-    def _take(self, owner: nn.Module, name: str, frozen: FrozenLinear | FrozenEmbedding) -> None:
+    def _take(self, owner: nn.Module, name: str, frozen: Frozen) -> None:
         self._taken.append((owner, name, frozen))
         setattr(owner, name, frozen)
+
+
+def _norms(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(owner, name, layer) of what may be a norm."""
+    return [
+        (owner, name, layer)
+        for owner in model.modules()
+        for name, layer in owner.named_children()
+        if "norm" in name
+    ]

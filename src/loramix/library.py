@@ -259,7 +259,7 @@ def _probe(base: Base, mixed: MixedModel, name: str) -> tuple[Tensor, Tensor]:
     """Logits [N, T, V] of base and adapter for rows of random tokens, the same every time."""
     import torch
 
-    from loramix.mixed import Gates
+    from loramix.gates import Gates
 
     embedding = cast("torch.nn.Embedding", base.model.get_input_embeddings())
     generator = torch.Generator().manual_seed(0)

@@ -1,23 +1,15 @@
-"""bfloat16 matrices in a form that a small C function (tiles.c) multiplies few rows by.
+"""bfloat16 matrices in a form that a small C function (native/tiles.c) multiplies few rows by.
 
 A step that answers a few requests multiplies a row for each by all of a base and of its adapters.
 torch reads the base's matrices at half to two thirds of the speed of memory, and spends more on
 each product with a thin factor than on reading it; the scaling by the gates and the sum with W x
 are operations of their own. Here they are part of the product, which costs a call without dispatch.
-
-The function is compiled when it is asked for, for this CPU, and is not kept in any file. It runs in
-the threads of torch's OpenMP library, which has the name of the system's.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loramix.errors import EngineError
+from loramix.native import Native, compiled
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 TILE = 16  # outputs
 WOVEN = 4  # tiles, in the form that oneDNN packs a matrix into
 MOST_ROWS = 24  # beyond which oneDNN multiplies faster by a packed matrix
 LARGE = 1 << 28  # bytes of a base beside whose opening a few seconds more are little
-_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,10 +34,15 @@ class Tiles:
     num_outputs: int
     multiply: Any
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The rows x times matrix^T, and the bias [O] added: [.., O]."""
+    def product(
+        self, x: Tensor, bias: Tensor | None = None, update: tuple[Tensor, Tiles] | None = None
+    ) -> Tensor:
+        """The rows x times matrix^T, and the bias [O] added: [.., O].
+
+        An update (s [.., R], B) adds s B^T, rounded together with the product.
+        """
         y = x.new_empty(*x.shape[:-1], self.num_outputs)
-        self._run(x.contiguous().view(-1, x.shape[-1]), y, addend=bias)
+        self._run(x.contiguous().view(-1, x.shape[-1]), y, addend=bias, update=update)
         return y
 
     def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -61,21 +56,32 @@ class Tiles:
         self._run(x, y, addend=y)
 
     def _run(
-        self, x: Tensor, y: Tensor, *, scale: Tensor | None = None, addend: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        scale: Tensor | None = None,
+        addend: Tensor | None = None,
+        update: tuple[Tensor, Tiles] | None = None,
     ) -> None:
         x = x if x.stride(-1) == 1 else x.contiguous()
+        shrunk, b = update or (None, None)
         self.multiply(
             x.data_ptr(),
             self.tiles.data_ptr(),
             None if scale is None else scale.data_ptr(),
             None if addend is None else addend.data_ptr(),
             y.data_ptr(),
+            None if shrunk is None else shrunk.data_ptr(),
+            None if b is None else b.tiles.data_ptr(),
             y.numel() // self.num_outputs,
             x.shape[-1],
             self.num_outputs,
             x.stride(-2),
             self.num_outputs if addend is y else 0,
             self.tiles.shape[-2] // TILE,
+            0 if shrunk is None else shrunk.shape[-1],
+            0 if shrunk is None else shrunk.stride(-2),
             torch.get_num_threads(),
         )
 
@@ -84,17 +90,17 @@ class Tiler:
     """Brings matrices into this form. Raises EngineError where the function cannot be had."""
 
     def __init__(self) -> None:
-        self._multiply, self._multiply_long = _compiled()
+        self.native: Native = compiled()
 
     def tiles(self, matrix: Tensor) -> Tiles:
         """A copy of a matrix [O, K] that `fits`."""
         rows, width = matrix.shape
         filled = F.pad(matrix, (0, 0, 0, -rows % TILE)).view(-1, TILE, width // 2, 2)
-        return Tiles(filled.transpose(1, 2).contiguous(), rows, self._multiply)
+        return Tiles(filled.transpose(1, 2).contiguous(), rows, self.native.multiply)
 
     def woven(self, tiles: Tensor) -> Tiles:
         """A base's matrix that lies in woven tiles [O / 64, K / 2, 64, 2] already; no copy."""
-        return Tiles(tiles, len(tiles) * WOVEN * TILE, self._multiply_long)
+        return Tiles(tiles, len(tiles) * WOVEN * TILE, self.native.multiply_long)
 
 
 def tiler_of(model: nn.Module, wanted: bool | None) -> Tiler | None:
@@ -124,29 +130,3 @@ def fits(matrix: Tensor) -> bool:
     """Whether tiles can hold it."""
     even = matrix.numel() > 0 and matrix.shape[1] % 2 == 0
     return even and matrix.is_cpu and matrix.dtype == torch.bfloat16
-
-
-def _compiled() -> tuple[Any, Any]:
-    """The function twice: keeping the interpreter's lock, for what is short, and without it."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        raise EngineError("tiles need a CPU with AVX512-BF16, and this one has none; leave them.")
-    compiler = shutil.which("cc")
-    if compiler is None:
-        raise EngineError(
-            "tiles need a C compiler, and there is no cc; install one, or leave tiles."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "tiles.so"
-        made = subprocess.run(
-            [compiler, *FLAGS, "-o", str(library), str(SOURCE)], capture_output=True, text=True
-        )
-        if made.returncode:
-            raise EngineError(
-                f"{compiler} cannot compile {SOURCE.name}: {made.stderr.strip()[:200]}"
-            )
-        # Whoever gets the lock in between holds it longer than a product with a factor takes.
-        found = ctypes.PyDLL(str(library)).multiply, ctypes.CDLL(str(library)).multiply
-    for multiply in found:
-        multiply.argtypes = [*[_POINTER] * 5, *[_COUNT] * 6, ctypes.c_int]
-        multiply.restype = None
-    return found

@@ -10,7 +10,8 @@ import torch
 from loramix.adapter import Adapter, Card
 from loramix.errors import TrainError
 from loramix.formats import peft
-from loramix.mixed import Gates, MixedModel
+from loramix.gates import Gates
+from loramix.mixed import MixedModel
 from loramix.train.batches import IGNORED, collate
 from loramix.train.config import Run, Settings
 from loramix.train.forward import losses

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loramix.merge.fold import Merged
     from loramix.merge.recipe import Recipe
 
+REPLACED = {"adapter_config.json", "config.json"}  # one of them in what --replace may delete
 Set = Annotated[
     list[str] | None,
     Option(
@@ -92,6 +93,8 @@ def merge(
     if output is None:
         raise BadRequest("Give the folder to write with --output, or --lint to only look.")
     _check_output(output, replace=replace)
+    if prove:
+        _check_base(into or where.base)
     if into is None:
         _refuse(to_base, "it is for a merge --into a base")
         _into_adapter(where, wanted, how, output, (rank, energy), replace=replace)
@@ -180,6 +183,22 @@ def _check_output(output: Path, *, replace: bool) -> None:
         raise BadRequest(f"{output} exists; give another folder, or --replace.")
     if Path.cwd().is_relative_to(output.resolve()):
         raise BadRequest(f"{output} is where you are, and would be deleted; give another folder.")
+    if output.exists() and not _may_go(output):
+        raise BadRequest(f"{output} holds no adapter or model to replace; give another folder.")
+
+
+def _may_go(output: Path) -> bool:
+    """Whether it is a folder with nothing in it, or with an adapter or a model."""
+    held = {child.name for child in output.iterdir()} if output.is_dir() else {output.name}
+    return not held or not held.isdisjoint(REPLACED)
+
+
+def _check_base(base: str) -> None:
+    """What --prove will open, looked at before anything is written."""
+    from loramix.formats.checkpoint import open_checkpoint, open_tokenizer
+    from loramix.merge.stream import base_folder
+
+    open_tokenizer(open_checkpoint(str(base_folder(base))).folder)
 
 
 def _mix(mix: str, where: Where) -> Mix:

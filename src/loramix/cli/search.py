@@ -50,6 +50,9 @@ class How:
 
 def search(where: Where, machine: Machine, how: How, data: Data, as_json: Json = False) -> None:
     """Search the mix that answers rows best, and say what it gains on rows held out."""
+    from loramix.search.find import check
+
+    check(how.method, how.budget)
     examples = read_answered(data)
     names = _names(how, where.shelf)
     target = _target(how, where)
@@ -143,7 +146,7 @@ def _named(owners: Sequence[str], point: Sequence[float]) -> str:
 def _names(how: How, shelf: Library) -> list[str]:
     """The adapters to mix, checked before a model is opened."""
     known = shelf.names()
-    names = sorted(dict.fromkeys(how.adapters.split(","))) if how.adapters else known
+    names = sorted(dict.fromkeys(how.adapters.split(","))) if how.adapters is not None else known
     for name in names:
         if name not in known:
             raise UnknownAdapter(name, known)

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from loramix.engine.cache import History
+from loramix.engine.newest import attend_alone, can_attend
 from loramix.errors import EngineError
+from loramix.native import Native
 
 NAME = "loramix"
 
@@ -42,6 +44,10 @@ class Span:
     def num_rows(self) -> int:
         return self.end - self.start
 
+    def rows(self, of_step: Tensor) -> Tensor:
+        """The request's part of [1, H, N, D], as a view."""
+        return of_step.narrow(2, self.start, self.end - self.start)
+
     def mask(self, window: int | None, num_keys: int, device: torch.device) -> Tensor:
         """Which keys each row may see, [T, S]: those before it and itself, within the window."""
         if window not in self.masks:
@@ -58,6 +64,7 @@ class Seen:
 
     spans: Sequence[Span]
     pairs: Sequence[tuple[Tensor, Tensor]]  # each [1, H, S, D]
+    native: Native | None = None  # what attends for single rows, if it can
 
 
 class StepCache:
@@ -65,15 +72,19 @@ class StepCache:
 
     is_compileable = False
 
-    def __init__(self, spans: Sequence[Span]) -> None:
+    def __init__(self, spans: Sequence[Span], native: Native | None = None) -> None:
         self.spans = spans
+        self.native = native
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Seen, Seen]:
         """File [1, H, N, D] with the requests; `attend` gets the results as key and value."""
-        rows = zip(self.spans, _cut(keys, self.spans), _cut(values, self.spans), strict=True)
-        seen = Seen(self.spans, [span.history.append(layer_idx, k, v) for span, k, v in rows])
+        pairs = [
+            span.history.append(layer_idx, span.rows(keys), span.rows(values))
+            for span in self.spans
+        ]
+        seen = Seen(self.spans, pairs, self.native)
         return seen, seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -103,21 +114,24 @@ def attend(
     if key is not value or dropout or any(extra is not None for extra in extras.values()):
         raise EngineError(f"{type(module).__name__} needs more than causal attention.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = []
-    for span, rows, (keys, values) in zip(
-        key.spans, _cut(query, key.spans), key.pairs, strict=True
-    ):
-        if span.num_rows == 1:
-            part = _one(rows, keys, values, scale, sliding_window, softcap)
+    _, heads, num_rows, width = query.shape
+    result = query.new_empty(1, num_rows, heads, width)
+    native = key.native if softcap is None and can_attend(query, *key.pairs[0]) else None
+    alone: list[tuple[int, Tensor, Tensor]] = []
+    for span, (keys, values) in zip(key.spans, key.pairs, strict=True):
+        if span.num_rows > 1:
+            part = _many(span.rows(query), keys, values, span, scale, sliding_window, softcap)
         else:
-            part = _many(rows, keys, values, span, scale, sliding_window, softcap)
-        parts.append(part.transpose(1, 2))
-    return torch.cat(parts, dim=1), None
-
-
-def _cut(row: Tensor, spans: Sequence[Span]) -> tuple[Tensor, ...]:
-    """Each span's part of [1, H, N, D]."""
-    return torch.split(row, [span.num_rows for span in spans], dim=2)
+            if sliding_window is not None:
+                keys, values = keys[:, :, -sliding_window:], values[:, :, -sliding_window:]
+            if native:
+                alone.append((span.start, keys, values))
+                continue
+            part = _one(span.rows(query), keys, values, scale, softcap)
+        result[:, span.start : span.end] = part.transpose(1, 2)
+    if native and alone:
+        attend_alone(native, query, alone, scale, result)
+    return result, None
 
 
 def _one(
@@ -125,12 +139,9 @@ def _one(
     keys: Tensor,
     values: Tensor,
     scale: float,
-    window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """The newest token sees every key in its window; query heads that share keys become rows."""
-    if window is not None:
-        keys, values = keys[:, :, -window:], values[:, :, -window:]
+    """The newest token sees every key; query heads that share keys become rows."""
     _, heads, _, width = query.shape
     shared = query.reshape(1, keys.shape[1], -1, width)
     return _weigh(shared, keys, values, None, scale, softcap).reshape(1, heads, 1, -1)

@@ -50,9 +50,9 @@ class History:
             room = self._room(old[0].shape[2], end)
             self._layers[layer] = _grown(old[0], start, room), _grown(old[1], start, room)
         all_keys, all_values = self._layers[layer]
-        all_keys[:, :, start:end] = keys
-        all_values[:, :, start:end] = values
-        return all_keys[:, :, :end], all_values[:, :, :end]
+        all_keys.narrow(2, start, end - start).copy_(keys)
+        all_values.narrow(2, start, end - start).copy_(values)
+        return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
 
     def advance(self, num_tokens: int) -> None:
         self.num_tokens += num_tokens

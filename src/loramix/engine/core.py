@@ -47,6 +47,7 @@ class Core:
         self.frozen = FrozenLayers(model, tiler)
         self.mixed = MixedModel(model, tiler)
         self.model = model
+        self._native = tiler.native if tiler else None
         self.scheduler = scheduler
         self._configs = configs(model)
         self._users: Counter[str] = Counter()  # of each adapter bound to the model
@@ -141,7 +142,7 @@ class Core:
                 output = self.model(
                     input_ids=torch.tensor([batch.tokens], device=device),
                     position_ids=torch.tensor([batch.positions], device=device),
-                    past_key_values=StepCache(batch.spans),
+                    past_key_values=StepCache(batch.spans, self._native),
                     use_cache=True,
                     logits_to_keep=0 if whole else rows,
                 )

@@ -25,8 +25,8 @@ from loramix.engine import Statistics
 from loramix.engine.attention import Span
 from loramix.engine.cache import History, PrefixCache
 from loramix.errors import EngineError
+from loramix.gates import Gates
 from loramix.mix import Mix
-from loramix.mixed import Gates
 
 # What gates of their own cost neighbours of one mix, in products of a token with a rank column:
 # hundreds of small calls. docs/log.md has the measurement.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -14,11 +14,12 @@ from loramix.errors import BaseError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 POCKET = Path(__file__).parents[1] / "pocket" / "base"  # as in base.py, which loads torch
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_QUANTISED = ": it is quantised; give the unquantised model that it was made from."
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,18 @@ class Checkpoint:
     files: Mapping[str, Path]  # by tensor
 
     def tensor(self, name: str) -> Tensor:
-        """In the precision it is stored in; BaseError if the file does not hold it."""
+        """In the precision it is stored in; BaseError if the file does not hold it, or in a format
+        of few bits, whose numbers mean nothing without scales.
+        """
         try:
             with safe_open(self.files[name], framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
-                return tensor
         except (SafetensorError, OSError) as error:
             raise BaseError(f"Cannot read {name} of {self.folder}: {error}.") from error
+        if tensor.element_size() < 2 and str(tensor.dtype) != "torch.bool":
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise BaseError(f"{name} of {self.folder} is {kind}{_QUANTISED}")
+        return tensor
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all tensors, from the files' headers alone."""
@@ -70,11 +76,25 @@ def open_config(source: str) -> PreTrainedConfig:
 
 
 def open_checkpoint(source: str) -> Checkpoint:
-    """The model in a folder, or "pocket". BaseError if it has no safetensors."""
+    """The model in a folder, or "pocket". BaseError if it has no safetensors, or is quantised."""
     folder = POCKET if source == "pocket" else Path(source)
     if not (folder / "config.json").is_file():
         raise BaseError(f"{source} has no config.json; expected the folder of a whole model.")
-    return Checkpoint(folder, open_config(str(folder)), _files(folder))
+    config = open_config(str(folder))
+    if getattr(config, "quantization_config", None):
+        raise BaseError(f"{source} has a quantization_config{_QUANTISED}")
+    return Checkpoint(folder, config, _files(folder))
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    make: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model: PreTrainedModel = make.from_config(config)
+    return model
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -86,8 +106,11 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             folder, trust_remote_code=False
         )
     except Exception as error:  # whatever transformers makes of somebody else's files
-        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        raise BaseError(f"Cannot read the tokenizer in {folder}: {reason}") from error
+        reason = str(error).strip().split("\n")[0][:160].rstrip(".:") or type(error).__name__
+        raise BaseError(
+            f"Cannot read the tokenizer in {folder}: {reason}; copy tokenizer.json and its "
+            f"companions there."
+        ) from error
     return found
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loramix.adapter import Adapter, Card
 from loramix.errors import AdapterError, BaseMismatch
-from loramix.formats.checkpoint import Checkpoint
+from loramix.formats.checkpoint import Checkpoint, skeleton
 from loramix.formats.keys import summary
 from loramix.formats.peft import digest
 from loramix.lora import Pair, compress
@@ -165,12 +165,9 @@ def _changed_beside(tuned: Checkpoint, base: Checkpoint, linear: set[str]) -> It
 
 def _layers(config: PreTrainedConfig) -> dict[str, bool]:
     """Every linear layer of the base, and whether its weight is stored as [D, O]."""
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    make: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = make.from_config(config)
+    model = skeleton(config)
     return {name: isinstance(model.get_submodule(name), Conv1D) for name in linear_shapes(model)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -29,5 +30,7 @@ def write_minlora(adapter: Adapter, file: str | Path) -> None:
     for layer, pair in adapter.pairs.items():
         tensors[f"{layer}.{STEM}A"] = pair.a.clone()
         tensors[f"{layer}.{STEM}B"] = pair.b * pair.rank
+    data = io.BytesIO()  # on a full disk torch.save itself ends in an error of its own making
+    torch.save(tensors, data)
     with aside(Path(file)) as place:
-        torch.save(tensors, place)
+        place.write_bytes(data.getvalue())

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramix.errors import HubError
+from loramix.errors import FormatError, HubError
 from loramix.formats.aside import aside
 from loramix.formats.hub import fetch, is_hub_id
 from loramix.formats.readme import README, describe, files, render
@@ -46,10 +46,26 @@ def plan(folder: str | Path, repository: str) -> Plan:
         raise HubError(f"{repository!r} is no hub id; expected owner/name.")
     published = describe(folder)
     names = files(Path(folder))
+    for name in names:
+        if name.endswith(".safetensors"):
+            _check_whole(Path(folder) / name)
     size = sum((Path(folder) / name).stat().st_size for name in names)
     readme = "" if README in names else render(published)
     everything = tuple(sorted({*names, README}))
     return Plan(Path(folder), repository, everything, size + len(readme.encode()), readme)
+
+
+def _check_whole(file: Path) -> None:
+    """FormatError for a file that breaks off, or is a pointer to one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{file} is not a whole safetensors file ({error}); fetch it again."
+        ) from error
 
 
 def push(planned: Plan, *, private: bool = False, message: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from loramix.lora import Pair
 from loramix.merge.core import WHOLE, Size, approximated, resized
 from loramix.merge.recipe import Recipe
 from loramix.mix import slug
+
+_ROOT = re.compile(r".*?\.(?=\d+\.)")  # "model.layers." of the name of a layer in a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ def merge_adapters(
     Raises BaseMismatch if the adapters are of several bases, MergeError for what has no exact form.
     """
     check_alike(adapters[name] for name in recipe.mix)
+    check_one_form(adapters[name] for name in recipe.mix)
     layers = sorted({layer for each in recipe.mix for layer in adapters[each].pairs})
     recipe.check_places(layers)
     pairs, kept = {}, {}
@@ -91,6 +95,22 @@ def check_alike(adapters: Iterable[Adapter]) -> None:
             f"{' and '.join(map(repr, bases.values()))} were trained on bases with different "
             f"weights ({', '.join(bases)}); merge adapters of one base."
         )
+
+
+def check_one_form(adapters: Iterable[Adapter]) -> None:
+    """BaseMismatch if the adapters call the blocks of their bases by names of which none is shared.
+
+    A base that is opened settles which form is meant; without one, nothing can hold both.
+    """
+    first, roots = "", set[str]()
+    for adapter in adapters:
+        own = {match[0] for match in map(_ROOT.match, adapter.pairs) if match}
+        if own and roots and not own & roots:
+            raise BaseMismatch(
+                f"{first!r} updates {min(roots)}0 and so on, {adapter.name!r} {min(own)}0: they "
+                f"are for different bases, or forms of one; merge adapters of one base."
+            )
+        first, roots = first or adapter.name, roots | own
 
 
 def merged_card(name: str, recipe: Recipe, cards: list[Card]) -> Card:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
-from loramix.errors import MergeError
+from loramix.errors import LoramixError, MergeError
 
 JOURNAL = "journal.jsonl"
 CHUNK = 8 << 20
@@ -51,8 +51,9 @@ class Staging:
 def staging(out: Path, key: str, *, replace: bool = False) -> Iterator[Staging]:
     """Write `out` aside; if the block ends well it is renamed there, else it stays to be resumed.
 
-    `key` says what is being made: the parts of another merge are deleted. Raises MergeError if
-    `out` is there already, or another process is writing it.
+    What ends in an error of ours would end so again, and is deleted. `key` says what is being made:
+    the parts of another merge are deleted. Raises MergeError if `out` is there already, or another
+    process is writing it.
     """
     if out.exists() and not replace:
         raise MergeError(f"{out} exists; give another folder, or ask for it to be replaced.")
@@ -69,7 +70,11 @@ def staging(out: Path, key: str, *, replace: bool = False) -> Iterator[Staging]:
             journal.truncate(0)
             journal.write(json.dumps({"key": key}) + "\n")
             journal.flush()
-        yield Staging(folder, done or {}, journal)
+        try:
+            yield Staging(folder, done or {}, journal)
+        except LoramixError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         (folder / JOURNAL).unlink()
         settle(folder)
         old = out.parent / f".{out.name}.old-{uuid4().hex[:8]}"

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from loramix.adapter import Adapter
 from loramix.base import SAMPLE
+from loramix.errors import MergeError
 from loramix.lora import Pair
 from loramix.merge.core import Core
-from loramix.merge.fold import check_alike
+from loramix.merge.fold import check_alike, check_one_form
 from loramix.merge.places import Place, places
 from loramix.merge.recipe import Recipe
 from loramix.merge.stored import Stored, StoredBase, open_stored
@@ -70,6 +71,8 @@ def lint(adapters: Mapping[str, Adapter], recipe: Recipe, base: str | Path | Non
     layers = sorted({layer for adapter in sources.values() for layer in adapter.pairs})
     recipe.check_places(layers)
     opened = None if base is None else open_stored(base)
+    if opened is None:
+        check_one_form(sources.values())
     placed = None if opened is None else places(sources.values(), opened)
     mark = None if opened is None else fingerprint(opened)
     plain = [layer for layer in layers if recipe.updates(layer, sources).are_factors]
@@ -188,6 +191,8 @@ def _lost(adapters: Mapping[str, Adapter], recipe: Recipe, placed: Iterable[Plac
             (w * _first_rows(p, len(base), place.transposed) for w, p in terms if p),
             torch.zeros_like(base),
         )
+        if not base.isfinite().all():
+            raise MergeError(f"{place.stored.name} holds NaN or infinity; check the base.")
         exact = base + delta
         lost += float((exact.to(place.stored.dtype).double() - exact).square().sum())
         whole += float(delta.square().sum())

@@ -56,7 +56,8 @@ def gathered(base: Base, adapters: Mapping[str, Adapter], examples: Sequence[Exa
     A row is its prompt with its answer, as it was learned, and says whose it is. Raises MergeError
     for rows of nobody, adapters without rows, and DoRA adapters, whose updates are no factors.
     """
-    from loramix.mixed import Gates, MixedModel
+    from loramix.gates import Gates
+    from loramix.mixed import MixedModel
 
     adapters = dict(sorted(adapters.items()))  # as a mix names them
     rows = _rows(base, tuple(adapters), examples)

@@ -16,13 +16,14 @@ from loramix.base import Base, open_base
 from loramix.formats import peft
 from loramix.formats.aside import aside
 from loramix.formats.folder import CONFIG, RECIPE
+from loramix.gates import Gates
 from loramix.lora import Pair
 from loramix.merge.recipe import Recipe
 from loramix.merge.registry import Outcome
 from loramix.merge.rows import Rows
 from loramix.merge.updates import Updates
 from loramix.mix import Mix
-from loramix.mixed import Gates, MixedModel
+from loramix.mixed import MixedModel
 
 ROWS, TOKENS = 4, 16  # of the probe
 WIDE = 64  # rows of a layer that are looked at

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -83,7 +83,7 @@ def merge_into(
         mine = owners.get(stored.name)
         return Fold(stored, mine, sources, recipe) if mine else None
 
-    with staging(out, key, replace=replace) as aside:
+    with _told(out), staging(out, key, replace=replace) as aside:
         aside.sweep(keep=layout.headers)
         resumed = _resumable(aside, layout)
         hashes, worst = _write(aside, layout, fold, resumed)
@@ -93,6 +93,17 @@ def merge_into(
         write_card(_card(opened, sources, recipe), aside.folder)
         write_recipe(aside.folder, recipe, sources, tensors=hashes, base=str(opened.folder.name))
     return Into(out, len(owners), len(layout.slots), len(resumed), layout.size_bytes, worst)
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """A full or failing disk as MergeError: what was written stays, to be resumed."""
+    try:
+        yield
+    except OSError as error:
+        raise MergeError(
+            f"Cannot write {out}: {error.strerror or error}; the same merge goes on from there."
+        ) from error
 
 
 def base_folder(base: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -37,8 +38,7 @@ def find(
     KeyboardInterrupt ends the search, not the report. Raises SearchError for too few rows, a budget
     that does not reach for the starts, an unknown method, or one that the measure cannot serve.
     """
-    if method not in METHODS:
-        raise SearchError(f"Unknown method {method!r}; expected one of {', '.join(METHODS)}.")
+    check(method, budget)
     began, rng = time.perf_counter(), np.random.default_rng(seed)
     rows = split(keys, rng)
     trials = Trials(measure, rows, budget, report)
@@ -62,6 +62,14 @@ def find(
     )
 
 
+def check(method: str, budget: float) -> None:
+    """SearchError for what no measure could serve."""
+    if method not in METHODS:
+        raise SearchError(f"Unknown method {method!r}; expected one of {', '.join(METHODS)}.")
+    if not 0 < budget < math.inf:
+        raise SearchError(f"A budget of {budget:g} trials is none; give a number such as 100.")
+
+
 def starting_points(owners: Sequence[str]) -> dict[str, Points]:
     """What needs no search, by name: the base, each adapter alone, all of them equally."""
     names = sorted(set(owners))
@@ -79,6 +87,11 @@ def _race_starts(trials: Trials, starts: dict[str, Points]) -> str:
             f"which take {needed:.1f}; raise it, or name fewer adapters."
         )
     means, whole = trials.race(np.array(list(starts.values())))
+    if not trials.is_finite:
+        raise SearchError(
+            "Neither the base nor an adapter gives all rows a finite loss; check the weights of "
+            "the base (loramix ask -m base) and the adapters (loramix adapters check)."
+        )
     return list(starts)[min(whole, key=lambda n: means[n])]
 
 

@@ -21,8 +21,9 @@ from loramix.adapter import Adapter
 from loramix.base import Base
 from loramix.chat import Example, answered_ids, prompt_ids
 from loramix.errors import BadRequest, SearchError
+from loramix.gates import Gates
 from loramix.library import check_fingerprint
-from loramix.mixed import Gates, MixedModel
+from loramix.mixed import MixedModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

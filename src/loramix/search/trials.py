@@ -96,6 +96,11 @@ class Trials:
         return self._spent / len(self.rows.fit)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether the best point has a finite loss on every row of `fit`."""
+        return self.best_loss * self._size(self.rows.fit) < ENDLESS
+
+    @property
     def rungs(self) -> list[int]:
         """Numbers of rows of `fit`, each twice the one before, the last all of them."""
         sizes = [len(self.rows.fit)]

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loramix.errors import TrainError
-from loramix.mixed import Gates, MixedModel
+from loramix.gates import Gates
+from loramix.mixed import MixedModel
 from loramix.train.batches import IGNORED, Batch
 from loramix.train.learner import Learner
 

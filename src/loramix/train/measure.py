@@ -8,8 +8,9 @@ import torch
 
 from loramix.adapter import Adapter
 from loramix.base import Base
+from loramix.gates import Gates
 from loramix.mix import Mix
-from loramix.mixed import Gates, MixedModel
+from loramix.mixed import MixedModel
 from loramix.train.batches import micro_batches
 from loramix.train.data import Row, total_learned
 from loramix.train.forward import losses

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from loramix.adapter import Adapter, Card
 from loramix.errors import FormatError
+from loramix.formats.checkpoint import skeleton
 from loramix.formats.gguf.layout import Layout, layout
 from loramix.formats.gguf.writing import KINDS, Entry, write_gguf
 from loramix.formats.keys import summary
 from loramix.formats.peft import digest
 from loramix.lora import Pair
 from loramix.mix import check_name, slug
+from loramix.mixed import check_fit, linear_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,7 +38,8 @@ def write_adapter(
     adapter: Adapter, config: PreTrainedConfig, file: str | Path, *, kind: str = "f32"
 ) -> None:
     """Write an adapter of the base that `config` describes. Raises AdapterError if the file exists,
-    FormatError for a layer or a family that has no place in GGUF and for DoRA.
+    FormatError for a layer or a family that has no place in GGUF and for DoRA, BaseMismatch for
+    an update of another shape than its layer's.
     """
     if kind not in PRECISIONS:
         raise FormatError(
@@ -45,6 +48,7 @@ def write_adapter(
         )
     plan = layout(config)
     names = {plan.name(layer): pair for layer, pair in adapter.pairs.items()}
+    check_fit(adapter, linear_shapes(skeleton(config)))
     entries = [entry for name, pair in names.items() for entry in _entries(name, pair, plan, kind)]
 
     def describe(writer: GGUFWriter) -> None:

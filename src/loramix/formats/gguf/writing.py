@@ -65,10 +65,26 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        end = _end(writer)
         for entry in entries:
             tensor = entry.make()
             _check_range(entry, tensor)
             writer.write_tensor_data(encode(tensor, entry.kind))
+        writer.close()
+        _check_whole(place, end)
+
+
+def _end(writer: GGUFWriter) -> int:
+    """How many bytes the file has when all tensors are in it."""
+    assert writer.fout is not None
+    parts = [writer.fout[0].tell(), *(info.nbytes for info in writer.tensors[0].values())]
+    return sum(GGUFWriter.ggml_pad(size, writer.data_alignment) for size in parts)
+
+
+def _check_whole(place: Path, end: int) -> None:
+    """OSError if less arrived: numpy does not look whether the last bytes of an array did."""
+    if (size := place.stat().st_size) != end:
+        raise OSError(f"{size:,} of {end:,} bytes arrived, as on a full disk")
 
 
 def _check_range(entry: Entry, tensor: Tensor) -> None:
