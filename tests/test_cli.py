@@ -13,6 +13,7 @@ import pytest
 from loramix.cli import main
 from loramix.formats import peft
 from loramix.library import Library
+from loramix.lm import POCKET_LIBRARY
 from tests.shop import BANKING, SQL
 from tests.tiny import random_adapter, tiny_base
 
@@ -285,6 +286,15 @@ def test_the_router_is_corrected_and_the_correction_undone(loramix, shop):
     assert "kept the gate" in loramix("route", "refit", *where)
     loramix("route", "feedback", "--query", BANKING, "--right", "sql", *where)
     assert "held-out score" in loramix("route", "refit", *where)
+
+
+@pytest.mark.parametrize(
+    "words", [("feedback", "--query", "hello", "--right", "none"), ("refit",)], ids=lambda w: w[0]
+)
+def test_the_packaged_router_stays_as_it_was_installed(loramix, words):
+    loramix("route", *words, status=1)
+    assert "part of the package and stays as it is" in loramix.err
+    assert not (POCKET_LIBRARY / "_router.feedback.jsonl").exists()
 
 
 def test_a_router_learns_who_answers_best(loramix, shop):

@@ -16,7 +16,9 @@ from loramix.formats.folder import PLOT, TRAINING
 from loramix.library import Library
 from loramix.lm import ROUTER, has_router, own_library
 from loramix.mix import Mix
+from loramix.route.change import changing
 from loramix.route.gate import GateRouter
+from loramix.route.saved import state
 from loramix.train.board import Board
 from loramix.train.checkpoint import found
 from loramix.train.data import Row
@@ -118,6 +120,7 @@ def learn(
     with _followed(plan, report) as told:
         adapters = train(base, courses, plan.run, told)
     tell("Fitting the router ...")
+    begun = state(shelf.folder / ROUTER)
     router = _router(shelf, materials) if plan.fit_router else None
     tell("Judging ...")
     judged = [_judged(base, m, adapters, router) for m in materials if m.validation]
@@ -131,7 +134,7 @@ def learn(
         shelf.put(_scored(adapter, scores.get(adapter.name)), replace=mine, beside=beside)
     notes = []
     if router:
-        router.save(shelf.folder / ROUTER)
+        _save_router(router, begun, shelf, materials)
     elif plan.fit_router:
         notes.append("The router was not fitted: these rows ask nothing.")
     if plan.plot:
@@ -279,6 +282,17 @@ def _router(shelf: Library, materials: Sequence[Material]) -> GateRouter | None:
     for name, own in queries.items():
         known = known.add(name, own)
     return known.refit()
+
+
+def _save_router(
+    router: GateRouter, begun: tuple[int, int], shelf: Library, materials: Sequence[Material]
+) -> None:
+    """Replace the library's router, or whatever became of it since that state, grown alike."""
+    folder = shelf.folder / ROUTER
+    with changing(folder):
+        newest = router if state(folder) == begun else _router(shelf, materials)
+        if newest:
+            newest.save(folder)
 
 
 def _judged(

@@ -275,7 +275,8 @@ def load_router(library: Library) -> CorrectedRouter:
     if not {*library.names()} <= {*gate.adapters}:
         for card in library.cards():
             gate = gate if card.name in gate.adapters else gate.introduce(card)
-    return CorrectedRouter(gate, FeedbackLog(folder))
+    packaged = library.folder.resolve() == POCKET_LIBRARY.resolve()
+    return CorrectedRouter(gate, FeedbackLog(folder, packaged=packaged))
 
 
 def has_router(library: Library) -> bool:

@@ -25,6 +25,7 @@ from loramix.lm import POCKET_LIBRARY, ROUTER, has_router, own_library
 from loramix.mix import check_name
 
 if TYPE_CHECKING:
+    from loramix.adapter import Adapter
     from loramix.library import Check
     from loramix.route.encode import Encoder
     from loramix.route.gate import GateRouter
@@ -100,11 +101,9 @@ def add(
             lora_only=lora_only,
             report=lambda line: typer.echo(line, err=True),
         )
-        grown = _grown_router(shelf, card, queries)
-        shelf.put(staged.load(card.name), replace=replace)
+        grown = _put(shelf, staged.load(card.name), queries, replace=replace)
     typer.echo(f"Added {card.name} to {shelf.folder}.", err=True)
     if grown:
-        grown.save(shelf.folder / ROUTER)
         typer.echo(f"Its router chooses among {', '.join(grown.adapters)}.", err=True)
     if grown and grown.fresh:
         from loramix.route.refit import refit_in
@@ -171,6 +170,20 @@ def open_encoder(name: str) -> Encoder:
     return makers[name]()
 
 
+def _put(
+    shelf: Library, adapter: Adapter, queries: list[str], *, replace: bool
+) -> GateRouter | None:
+    """Add an adapter to a library and to its router; the router, if that changed."""
+    from loramix.route.change import changing
+
+    with changing(shelf.folder / ROUTER):
+        grown = _grown_router(shelf, adapter.card, queries)
+        shelf.put(adapter, replace=replace)
+        if grown:
+            grown.save(shelf.folder / ROUTER)
+    return grown
+
+
 def _grown_router(shelf: Library, card: Card, queries: list[str]) -> GateRouter | None:
     """The library's router once it knows an adapter, by its card if there are no queries.
 
@@ -185,15 +198,17 @@ def _grown_router(shelf: Library, card: Card, queries: list[str]) -> GateRouter 
 
 def _forget(shelf: Library, name: str) -> None:
     """Take an adapter out of the library's router, if it has one that knows it."""
+    from loramix.route.change import changing
     from loramix.route.gate import GateRouter
 
     if not has_router(shelf):
         return
-    known = GateRouter.load(shelf.folder / ROUTER)
-    if known.adapters == (name,):
-        shutil.rmtree(shelf.folder / ROUTER)
-    elif name in known.adapters:
-        known.remove(name).save(shelf.folder / ROUTER)
+    with changing(shelf.folder / ROUTER):
+        known = GateRouter.load(shelf.folder / ROUTER)
+        if known.adapters == (name,):
+            shutil.rmtree(shelf.folder / ROUTER)
+        elif name in known.adapters:
+            known.remove(name).save(shelf.folder / ROUTER)
 
 
 def _shelves(library: Path | None) -> list[Library]:

@@ -63,6 +63,7 @@ def fit(
     cards.
     """
     from loramix.route.abstain import background
+    from loramix.route.change import changing
     from loramix.route.gate import GateRouter
 
     if data is None and (out or measure):
@@ -92,7 +93,8 @@ def fit(
         answered = read_answered(measure)
         with open_lm(where, machine) as lm:
             router = _measured(lm, answered, examples, fitted, targets)
-    router.save(place)
+    with changing(place):
+        router.save(place)
     typer.echo(f"Fitted {place} to {', '.join(router.adapters)}.", err=True)
     for name in sorted(router.cards):
         typer.echo(f"{name} has no examples: it is known by its card.", err=True)
@@ -122,14 +124,15 @@ def calibrate(
 ) -> None:
     """Set what a router leaves to the base by rows it has not learned, and say what is reached."""
     from loramix.route.calibration import calibrated, tuned, with_thresholds
+    from loramix.route.change import changing
     from loramix.route.gate import GateRouter
 
     _check_out(out)
     if keep is not None and oos_recall is not None:
         raise BadRequest("--keep and --oos-recall are two ways to say one thing; give one.")
     own, foreign = _read(data)
-    found = GateRouter.load(router or where.shelf.folder / ROUTER)
-    with notice("Calibrating the router ..."):
+    with changing(out), notice("Calibrating the router ..."):
+        found = GateRouter.load(router or where.shelf.folder / ROUTER)
         found = calibrated(found, own, foreign, keep=keep, oos_recall=oos_recall)
         for name, share in _numbers("--keep-of", keep_of):
             if name not in own:

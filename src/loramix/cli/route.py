@@ -221,7 +221,7 @@ def refit_(where: Where, as_json: Json = False) -> None:
     """Learn all adapters together anew, and the corrections if that costs nothing."""
     from loramix.route.refit import refit_in
 
-    load_router(where.shelf)  # says what is missing
+    load_router(where.shelf).log.check()
     with notice("Learning all adapters together ..."):
         found = refit_in(where.shelf.folder / ROUTER)
     if as_json:

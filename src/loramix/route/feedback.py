@@ -55,7 +55,8 @@ class Correction:
 class FeedbackLog:
     """The file of corrections beside a router's folder; the router is replaced, the log stays."""
 
-    def __init__(self, router: Path) -> None:
+    def __init__(self, router: Path, *, packaged: bool = False) -> None:
+        self.packaged = packaged  # of a library that stays as it was installed
         self.path = router.with_name(router.name + ".feedback.jsonl")
 
     def corrections(self) -> tuple[Correction, ...]:
@@ -94,6 +95,14 @@ class FeedbackLog:
                 return each
         raise RouteError(f"No correction {id[:40]!r} to undo; `loramix route feedback` lists them.")
 
+    def check(self) -> None:
+        """Raise RouteError where a router must stay as it is."""
+        if self.packaged:
+            raise RouteError(
+                f"The library in {self.path.parent} is part of the package and stays as it is; "
+                f"name another with --library, or correct a running server with --server."
+            )
+
     def join(self, ids: Sequence[str]) -> None:
         self._append({"joined": list(ids)})
 
@@ -125,6 +134,7 @@ class FeedbackLog:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         """One write of one line at the end, so that writers do not interleave."""
+        self.check()
         facts = {**line, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         raw = json.dumps(facts).encode() + b"\n"
         try:

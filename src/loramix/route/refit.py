@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loramix.route.blend import look
+from loramix.route.change import changing
 from loramix.route.feedback import Correction, FeedbackLog
 from loramix.route.gate import GateRouter
 from loramix.route.rows import Rows
@@ -41,11 +42,12 @@ def refit_in(folder: Path) -> Refit:
         found = refit(GateRouter.load(folder), log)
         if found.router is None:
             return found
-        if state(folder) == begun:
-            found.router.save(folder)
-            if found.joined:
-                log.join(found.joined)
-            return found
+        with changing(folder):
+            if state(folder) == begun:
+                found.router.save(folder)
+                if found.joined:
+                    log.join(found.joined)
+                return found
 
 
 def refit(gate: GateRouter, log: FeedbackLog) -> Refit:

@@ -44,8 +44,21 @@ def save(router: GateRouter, folder: Path) -> None:
 
 
 def load(folder: Path, encoder: Encoder | None) -> GateRouter:
-    """Read a router back. Raises RouteError."""
+    """Read a router back, the new one if it is replaced meanwhile. Raises RouteError."""
     folder = Path(folder)
+    while True:
+        begun = state(folder)
+        try:
+            found = _read(folder, encoder)
+        except RouteError:
+            if state(folder) == begun:
+                raise
+        else:
+            if state(folder) == begun:
+                return found
+
+
+def _read(folder: Path, encoder: Encoder | None) -> GateRouter:
     facts = _read_facts(folder)
     chosen = _encoder(facts, encoder)
     try:

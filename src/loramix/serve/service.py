@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from loramix.errors import AdapterError, EngineError, NotAllowed, ServeError, UnknownAdapter
 from loramix.lm import LM, ROUTER, has_router, load_router
 from loramix.mix import Mix
+from loramix.route.change import changing
 from loramix.route.feedback import CorrectedRouter
 from loramix.route.gate import GateRouter
 from loramix.route.saved import state
@@ -122,8 +123,11 @@ class Service:
             if not isinstance(known, CorrectedRouter) or not has_router(self.lm.library):
                 return
             encoder = known.gate.encoder or known.gate.ngrams
-            if grown := change(GateRouter.load(self._routed_by, encoder=encoder)):
-                grown.save(self._routed_by)
+            with changing(self._routed_by):
+                grown = change(GateRouter.load(self._routed_by, encoder=encoder))
+                if grown:
+                    grown.save(self._routed_by)
+            if grown:
                 self._reopen()
 
     @property
