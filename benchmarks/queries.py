@@ -34,6 +34,7 @@ class Memo:
         self.digest = self.encoder.digest
         self.cache = cache
         self.known: dict[str, Floats] = {}
+        self.read: dict[str, Tokens] = {}  # in memory only: 18 KB a text
         if cache and cache.exists():
             with np.load(cache) as found:
                 self.known = dict(zip(found["texts"].tolist(), found["vectors"], strict=True))
@@ -46,7 +47,9 @@ class Memo:
         return np.stack(found) if found else self.encoder.encode([])
 
     def tokens(self, text: str) -> Tokens:
-        return self.encoder.tokens(text)
+        if text not in self.read:
+            self.read[text] = self.encoder.tokens(text)
+        return self.read[text]
 
     def save(self) -> None:
         if self.cache:

@@ -3,10 +3,10 @@
     pip install -r benchmarks/requirements.txt
     LORAMIX_DATA=... python benchmarks/router.py [PART ...] [--quick] [--json FILE] [--cache FILE]
 
-Parts: full, none, few, broad, pairs, typos, corrections, plain, speed; all by default. Every text
-is encoded once, and `--cache` keeps the vectors for the next run. What is compared, and how, is in
-judged.py. Few-shot figures are means over three draws (`--quick`: one); there both also get each
-route's name as an example, as a card would give it.
+Parts: full, none, few, broad, pairs, typos, corrections, joining, plain, speed; all by default.
+Every text is encoded once, and `--cache` keeps the vectors for the next run. What is compared, and
+how, is in judged.py. Few-shot figures are means over three draws (`--quick`: one); there both also
+get each route's name as an example, as a card would give it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from judged import (
     PEER,
-    Lookup,
     calibrate,
     choice,
     error_of_confidence,
     firsts,
     hits,
-    in_turns,
-    peer,
     percent,
     routed,
     their_choice,
@@ -51,10 +47,9 @@ from queries import (
     mistyped,
     texts,
 )
-from semantic_router import IndexedRouter
-from semantic_router.index.local import LocalIndex
+from waits import joining, speed, timed, unread, unread_peer
+from world import Row, World
 
-from loramix.route import Router
 from loramix.route.calibration import calibrated
 from loramix.route.encode import NgramEncoder
 from loramix.route.gate import GateRouter
@@ -63,47 +58,6 @@ from loramix.route.nearest import NearestRouter
 R = TypeVar("R")
 
 CORRECTIONS, EVERY = 400, 500  # errors that are corrected; queries between two refits
-
-
-class Row(NamedTuple):
-    work: str
-    figure: float
-    unit: str
-    peer: float
-    target: float | None  # None: measured to be known
-    better: str = "higher"
-
-    def __str__(self) -> str:
-        figures = f"{self.figure:8.2f} {self.unit:4} {PEER} {self.peer:8.2f}"
-        return f"{self.work:58}{figures}  {self.verdict}"
-
-    @property
-    def verdict(self) -> str:
-        if self.target is None:
-            return ""
-        high = self.better == "higher"
-        reached = self.figure >= self.target if high else self.figure <= self.target
-        goal = f"target {'>=' if high else '<='} {self.target:g}"
-        return goal if reached else f"{goal}  NOT REACHED"
-
-
-class World(NamedTuple):
-    """The data sets, the encoder and how often to draw."""
-
-    memo: Memo
-    clinc: dict[str, Pairs]
-    banking: dict[str, Pairs]
-    domain: dict[str, str]
-    draws: int
-
-    def broad(self, split: str) -> Pairs:
-        return [(text, self.domain[intent]) for text, intent in self.clinc[split]]
-
-    def ours(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
-        return GateRouter.fit(examples, encoder=self.memo)
-
-    def theirs(self, examples: Mapping[str, Sequence[str]]) -> IndexedRouter:
-        return peer(examples, self.memo)
 
 
 def full(world: World) -> list[Row]:
@@ -302,53 +256,6 @@ def plain(world: World) -> list[Row]:
     ]
 
 
-def speed(world: World) -> list[Row]:
-    """One query end to end with the encoder, beside 1500 and beside 15 000 stored examples."""
-    asked = texts(world.clinc["test"])[::15]
-    few_rows, rows = (
-        timed(f"one query, {150 * count} stored examples", *_both(world, count), asked, 10)
-        for count in (10, 100)
-    )
-    (_, little, _, their_little, *_), (_, much, _, their_much, *_) = few_rows[0], rows[0]
-    ratio = Row(
-        "the same, times that with 1500",
-        much / little,
-        "x",
-        their_much / their_little,
-        1.1,
-        "lower",
-    )
-    return [*rows, ratio]
-
-
-def _both(world: World, count: int) -> tuple[GateRouter, IndexedRouter]:
-    examples = few(world.clinc["train"], count, 0, named=False)
-    return unread(world.ours(examples), world), unread_peer(examples, world)
-
-
-def timed(
-    work: str, ours: Router, theirs: IndexedRouter, asked: Sequence[str], target: float
-) -> list[Row]:
-    """p50 and p95 of both, asked in turns; the target of p95 is two and a half times as long."""
-    mine, peers = in_turns(asked, lambda text: routed(ours, text), theirs)
-    return [
-        Row(f"{work}, p50", mine[0], "ms", peers[0], target, "lower"),
-        Row(f"{work}, p95", mine[1], "ms", peers[1], 2.5 * target, "lower"),
-    ]
-
-
-def unread(router: GateRouter, world: World) -> GateRouter:
-    """The same router, remembering no vector."""
-    return replace(router, encoder=world.memo.encoder)
-
-
-def unread_peer(examples: Mapping[str, Sequence[str]], world: World) -> IndexedRouter:
-    """semantic-router as it comes, remembering no vector either."""
-    router = peer(examples, world.memo, LocalIndex())
-    router.encoder = Lookup(memo=world.memo.encoder)
-    return router
-
-
 PARTS: dict[str, Callable[[World], list[Row]]] = {
     "full": full,
     "none": none,
@@ -357,6 +264,7 @@ PARTS: dict[str, Callable[[World], list[Row]]] = {
     "pairs": pairs,
     "typos": typos,
     "corrections": corrections,
+    "joining": joining,
     "plain": plain,
     "speed": speed,
 }
