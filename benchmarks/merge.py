@@ -368,9 +368,9 @@ def figures(
             rows.append(figure("anonymous memory", anon, "x less", peer, 1, "higher"))
     lost = errors["ours"]["lost"] / errors["ours"]["best"]
     rows.append(figure("bf16 rounding error", lost, "x of one rounding", "float64", 1, "lower"))
-    for peer, error in errors.items():
-        wrong = "entries wrongly rounded"
-        rows.append(figure(wrong, error["wrong"], "share", peer, 0.001, "lower"))
+    peer = f"mergekit {errors['mergekit']['wrong']:.1%}" if "mergekit" in errors else "float64"
+    wrong = "entries wrongly rounded"
+    rows.append(figure(wrong, errors["ours"]["wrong"], "share", peer, 0.001, "lower"))
     return rows
 
 

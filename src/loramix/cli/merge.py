@@ -217,8 +217,11 @@ def _look(where: Where, mix: Mix, how: How, into: str | None) -> None:
     adapters = {name: where.shelf.load(name) for name in mix}
     found = look(adapters, how.recipe(mix), None if into is None else base_folder(into))
     for name, count in found.num_updates.items():
-        fit = f"all in {into}; base {found.fingerprints[name]}" if into else "no base given"
-        typer.echo(f"{name}: {count} updates in {found.num_layers} layers, {fit}")
+        if into:
+            mark = found.fingerprints[name]
+            typer.echo(f"{name}: {count} of {count} updates find one tensor in {into}; base {mark}")
+        else:
+            typer.echo(f"{name}: {count} updates, no base given")
     titles = ("pair", "layers", "cosine", "writes overlap", "reads overlap", "opposite signs")
     rows = [
         (

@@ -50,7 +50,6 @@ class Meeting:
 class Lint:
     """A report: facts, then advice."""
 
-    num_layers: int
     num_updates: Mapping[str, int]  # each found its place
     fingerprints: Mapping[str, str]  # by adapter: same, differs, unknown
     meetings: tuple[Meeting, ...]
@@ -77,7 +76,6 @@ def lint(adapters: Mapping[str, Adapter], recipe: Recipe, base: str | Path | Non
     mark = None if opened is None else fingerprint(opened)
     plain = [layer for layer in layers if recipe.updates(layer, sources).are_factors]
     return Lint(
-        num_layers=len(layers),
         num_updates={name: len(adapter.pairs) for name, adapter in sources.items()},
         fingerprints={name: _compare(a.card.base_fingerprint, mark) for name, a in sources.items()},
         meetings=tuple(_meeting(sources, recipe.mix, *pair) for pair in combinations(sources, 2)),
