@@ -67,13 +67,22 @@ class Sparse(NamedTuple):
         return np.bincount(row, self.values**2, minlength=self.num_rows).astype(np.float32)
 
     def dot(self, weights: Floats) -> Floats:
-        """[N, D] @ [D, K]"""
+        """[N, D] @ [D, K]; rows that are fewer than the columns are taken one by one, in place."""
+        if self.num_rows < weights.shape[1]:
+            return self._each_dot(weights)
         terms = self.values[:, None] * weights[self.columns]
         sums = np.add.reduceat(
             np.concatenate([terms, np.zeros_like(weights[:1])]), self.starts[:-1]
         )
         sums[np.diff(self.starts) == 0] = 0
         return cast(Floats, sums)
+
+    def _each_dot(self, weights: Floats) -> Floats:
+        found = np.empty((self.num_rows, weights.shape[1]), np.float32)
+        for i, sums in enumerate(found):
+            columns, values = self.row(i)
+            np.dot(values, weights[columns], out=sums)
+        return found
 
 
 def clip(text: str) -> str:
