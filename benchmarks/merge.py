@@ -9,6 +9,7 @@ command runs in a process of its own, in turns, the base's files evicted from th
 medians of the rounds. Memory is the largest RssAnon of the process, less that of one that has
 imported torch and nothing else. mergekit needs an environment of its own, whose python is given.
 
+A merge ends when its bytes are on the disk; "cp" leaves them to the kernel, "cp+sync" waits.
 "untouched" merges an adapter of a single matrix, so that all the rest is copied; "larger" is ours
 into a base of three times as many layers; "search" runs search.py, which needs LORAMIX_DATA. On the
 disk there have to be four times the size of the base, eight times for "larger".
@@ -68,7 +69,17 @@ model.add_weighted_adapter(["one", "two"], [0.6, 0.4], "both", "svd", svd_rank=1
 print(time.perf_counter() - start)
 """
 COLUMNS = ("work", "figure", "unit", "peer", "target", "better")
-PARTS = ("cp", "ours", "untouched", "PEFT", "mergekit", "larger", "recompression", "search")
+PARTS = (
+    "cp",
+    "cp+sync",
+    "ours",
+    "untouched",
+    "PEFT",
+    "mergekit",
+    "larger",
+    "recompression",
+    "search",
+)
 RECOMPRESSED = "recompression of a 7B pair"
 Figure: TypeAlias = dict[str, object]
 
@@ -263,6 +274,7 @@ def compare(work: Path, options: argparse.Namespace) -> list[Figure]:
     both = (str(library / "one"), str(library / "two"))
     commands = {
         "cp": ["cp", "-r", str(base), str(out)],
+        "cp+sync": ["sh", "-c", 'cp -r "$0" "$1" && sync', str(base), str(out)],
         "ours": ours(library, MIX, base, out),
         "untouched": ours(library, "single", base, out),
         "PEFT": [sys.executable, "-c", PEFT, str(base), *both, str(out)],
@@ -353,13 +365,15 @@ def figures(
     work = f"merge, {size / 1e9:.1f} GB base, two adapters"
     wall = median(runs["ours"].wall_s)
     rows = [memory(runs["ours"], size)]
-    if "cp" in runs:
-        copied = median(runs["cp"].wall_s)
-        rows.append(figure(work, wall / copied, "x of its wall", "cp -r", 1.3, "lower"))
+    for peer in ("cp", "cp+sync"):
+        if peer not in runs:
+            continue
+        copied = median(runs[peer].wall_s)
+        rows.append(figure(work, wall / copied, "x of its wall", peer, 1.3, "lower"))
         if "untouched" in runs:
             alone = median(runs["untouched"].wall_s)
             single = "merge of one matrix, the rest is copied"
-            rows.append(figure(single, alone / copied, "x of its wall", "cp -r", 1.3, "lower"))
+            rows.append(figure(single, alone / copied, "x of its wall", peer, 1.3, "lower"))
     for peer, target in (("PEFT", 3), ("mergekit", 8)):
         if peer in runs:
             faster = median(runs[peer].wall_s) / wall
