@@ -28,6 +28,7 @@ class Batch:
     positions: Tensor  # [N, T], of each token within its row
     labels: Tensor  # [N, T], the token that comes next; IGNORED where that is not learned
     counts: tuple[int, ...]  # lines of ids that belong to each expert, in order
+    rows: tuple[tuple[int, int, int], ...]  # line of each row, its first token, and past its last
 
 
 def epoch_order(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -107,11 +108,13 @@ def _batch(lines: Sequence[tuple[int, list[Row]]], experts: int) -> Batch:
     ids = torch.zeros(len(ordered), longest, dtype=torch.long)
     labels = torch.full_like(ids, IGNORED)
     positions = torch.arange(longest).repeat(len(ordered), 1)
+    places = []
     for n, (_, line) in enumerate(ordered):
         start = 0
         for row in line:
             stop = start + len(row.ids)
             ids[n, start:stop] = torch.tensor(row.ids)
+            places.append((n, start, stop))
             positions[n, start:] = torch.arange(longest - start)
             for first, last in row.learned:  # token t is predicted at t - 1
                 labels[n, start + first - 1 : start + last - 1] = ids[
@@ -119,4 +122,4 @@ def _batch(lines: Sequence[tuple[int, list[Row]]], experts: int) -> Batch:
                 ]
             start = stop
     counts = tuple(sum(k == expert for k, _ in ordered) for expert in range(experts))
-    return Batch(ids, positions, labels, counts)
+    return Batch(ids, positions, labels, counts, tuple(places))

@@ -41,6 +41,7 @@ class Settings:
     weight_decay: float = 0.0
     max_norm: float = 1.0  # of this expert's gradient, clipped; inf: never
     dropout: float = 0.0  # share of each adapted layer's input that its pair does not see
+    noise: float = 0.0  # NEFTune's alpha: in the embeddings, while learning
     validate_every: int | None = None  # steps; None: once an epoch
     patience: int | None = None  # validations without a better one, after which it stops
     keep_best: bool = True  # the state with the lowest validation loss, not the last one
@@ -55,7 +56,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise TrainError(f"{name} is {value}; expected more than 0.")
-        for name in ("weight_decay", "warmup"):
+        for name in ("weight_decay", "warmup", "noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise TrainError(f"{name} is {getattr(self, name)}; expected at least 0.")
         if not 0 <= self.dropout < 1:

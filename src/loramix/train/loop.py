@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,7 @@ from loramix.train.config import Run
 from loramix.train.data import Row, total_learned
 from loramix.train.forward import check_packing, gates, losses, recomputed
 from loramix.train.learner import Course, Learner
+from loramix.train.noise import disturbed
 from loramix.train.processes import Processes
 
 VALIDATION_TOKENS = 16384  # of a batch; the same whatever else is trained, so figures are too
@@ -220,10 +222,8 @@ def _backward(
         if count and learner.is_remade:
             learner.bind()
     active = mixed.active.using(*gates(learners, batch.counts, learning=True))
-    if run.checkpointing:
-        with recomputed(mixed.model), active:
-            return _summed(mixed, batch, counts, run)
-    with active:
+    saving = recomputed(mixed.model) if run.checkpointing else nullcontext()
+    with disturbed(mixed.model, learners, batch), saving, active:
         return _summed(mixed, batch, counts, run)
 
 

@@ -227,6 +227,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         weight_decay=get("weight_decay", 0.0),
         max_norm=get("max_grad_norm", 1.0) or math.inf,
         dropout=get("lora_dropout", 0.0),
+        noise=get("neftune_noise_alpha", 0.0),
         validate_every=_every(values),
         patience=get("early_stopping_steps"),
         keep_best=get("load_best_model_at_end", False),
