@@ -11,13 +11,10 @@ from loramix.errors import BaseError
 from loramix.linear import matrix_of
 from loramix.mix import Mix
 from loramix.quantized import Int8Linear, Nf4Linear, quantize
+from tests.rounded import KINDS, WIDE, needs
 from tests.tiny import folded, random_adapter, tiny_base, tiny_model, tiny_tokenizer
 
 PROMPT = (5, 17, 31, 5, 200, 9)
-
-
-KINDS = {"int8": Int8Linear, "nf4": Nf4Linear}
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole groups of 64
 
 
 def rounded_twin(kind):
@@ -32,6 +29,7 @@ def rounded_twin(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mix_over_a_quantised_base_equals_its_folded_rounded_weights(kind):
+    needs(kind)
     base = tiny_base(**WIDE)
     quantize(base.model, kind)
     adapters = [random_adapter(base.model, name, rank=3, seed=n) for n, name in enumerate("ab")]
@@ -61,6 +59,7 @@ def test_rounding_is_as_fine_as_eight_bits_and_halves_the_memory(architecture):
 
 
 def test_four_bits_are_a_quarter_of_the_memory_and_as_fine_as_those_of_qlora():
+    needs("nf4")
     model, exact = (tiny_model(**WIDE).to(torch.bfloat16) for _ in range(2))
     quantize(model, "nf4")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
@@ -74,6 +73,7 @@ def test_four_bits_are_a_quarter_of_the_memory_and_as_fine_as_those_of_qlora():
 
 
 def test_four_bits_are_refused_where_bitsandbytes_gets_them_wrong():
+    needs("nf4")
     model = tiny_model()
     with pytest.raises(BaseError, match="multiple of 64 inputs, and this base has some of 32"):
         quantize(model, "nf4")
@@ -100,6 +100,7 @@ def test_a_row_of_zeros_stays_zero():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_is_opened_quantised_by_name_and_keeps_its_fingerprint(kind, tmp_path):
+    needs(kind)
     tiny_model(**WIDE).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     plain = open_base(str(tmp_path), device="cpu")

@@ -11,15 +11,14 @@ from torch import nn
 
 from loramix.errors import LoramixError
 from loramix.mixed import MixedModel
-from loramix.quantized import Int8Linear, Nf4Linear, quantize
+from loramix.quantized import quantize
 from loramix.train.config import Run
 from loramix.train.learner import Learner
 from loramix.train.loop import Stopped, gradients, train
+from tests.rounded import KINDS, WIDE, needs
 from tests.tiny import tiny_base
 from tests.train.small import SETTINGS, course
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole groups of 64
-KINDS = {"int8": Int8Linear, "nf4": Nf4Linear}
 LARGE = dataclasses.replace(SETTINGS, rank=128)  # smaller factors bitsandbytes leaves in 32 bits
 
 
@@ -39,6 +38,7 @@ def found(base, run):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_over_a_rounded_base_are_those_over_its_rounded_matrices(kind, checkpointing):
+    needs(kind)
     base, twin = tiny_base(**WIDE), tiny_base(**WIDE)
     quantize(base.model, kind)
     for name, layer in base.model.named_modules():
@@ -53,6 +53,7 @@ def test_gradients_over_a_rounded_base_are_those_over_its_rounded_matrices(kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rounded_base_keeps_no_wide_matrix_for_the_gradient(kind):
+    needs(kind)
     base = tiny_base(**WIDE)
     quantize(base.model, kind)
     layer = base.model.model.layers[0].mlp.up_proj
@@ -66,6 +67,7 @@ def test_a_rounded_base_keeps_no_wide_matrix_for_the_gradient(kind):
 
 
 def test_adamw_in_eight_bits_learns_and_is_taken_up_again_to_the_bit(tmp_path):
+    pytest.importorskip("bitsandbytes")
     settings = dataclasses.replace(LARGE, optimizer="adamw8bit", epochs=20)
     seen = []
     (whole,) = train(tiny_base(), [course(tiny_base(), "x", settings=settings)], report=seen.append)
@@ -80,6 +82,7 @@ def test_adamw_in_eight_bits_learns_and_is_taken_up_again_to_the_bit(tmp_path):
 
 
 def test_adamw_in_eight_bits_remembers_in_eight_bits():
+    pytest.importorskip("bitsandbytes")
     base = tiny_base()
     mixed = MixedModel(base.model)
     learner = Learner(

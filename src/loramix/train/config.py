@@ -30,7 +30,7 @@ class Settings:
     targets: tuple[str, ...] = ("all-linear",)  # or names of layers: ("q_proj", "v_proj")
     start: str = "default"  # or pissa, olora: the rank is then doubled when the expert is saved
     rate: float = 1e-3
-    b_ratio: float = 1.0  # LoRA+: how much faster b learns than a
+    b_ratio: float = 1.0  # LoRA+: how much faster b learns than a, and DoRA's magnitudes
     schedule: str = "cosine"
     warmup: float = 0.05  # below 1 a share of the steps, else their number
     epochs: float = 3

@@ -201,8 +201,8 @@ class Learner:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.course.settings
-        slow = [w for n, w in self.weights.items() if not n.endswith(".b")]
-        fast = [w for n, w in self.weights.items() if n.endswith(".b")]
+        slow = [w for n, w in self.weights.items() if n.endswith(".a")]
+        fast = [w for n, w in self.weights.items() if not n.endswith(".a")]
         groups = [{"params": slow}, {"params": fast}]
         if settings.optimizer == "sgd":
             return torch.optim.SGD(
