@@ -54,6 +54,19 @@ def test_products_are_right_to_rounding(tiler, rows, outputs, width):
 
 
 @needs_tiles
+@pytest.mark.parametrize("rows", [32, 40])  # whole tiles, and not
+def test_a_factor_may_lie_as_it_likes(tiler, rows):
+    matrix, x = drawn(rows, 48), drawn(1, 3, 48)
+    turned = matrix.T.contiguous().T
+    at_odd_place = torch.cat([drawn(1), matrix.flatten()])[1:].view(rows, 48)
+    apart = torch.stack([matrix, drawn(rows, 48)], dim=2)[..., 0]
+    plain = x.double() @ matrix.double().T
+    ones = torch.ones(1, 3, rows, dtype=BF16)
+    for factor in (turned, at_odd_place, apart):
+        assert off(tiler.tiles(factor).scaled(x, ones), plain) < ROUNDING
+
+
+@needs_tiles
 def test_rows_may_lie_apart_and_nothing_beside_the_sum_is_written(tiler):
     x, matrix = drawn(1, 5, 48), drawn(20, 16)
     y = torch.zeros(1, 7, 20, dtype=BF16)
