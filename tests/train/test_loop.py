@@ -275,7 +275,7 @@ def test_out_of_memory_halves_the_micro_batch_and_names_the_levers_at_last(monke
     train(base, [course(base, "x")], Run(micro_tokens=128))
     assert taken[:4] == [128, 64, 32, 32]
     monkeypatch.setattr("loramix.train.loop.gradients", full)
-    with pytest.raises(TrainError, match="gradient checkpointing, a shorter max length"):
+    with pytest.raises(TrainError, match="gradient_checkpointing: true, a smaller per_device"):
         train(base, [course(base, "x")], Run(micro_tokens=128))
 
 

@@ -119,7 +119,7 @@ def work(
 def _lead(found: Plan, *, dry_run: bool, preview: int, resume: bool, feed: Feed | None) -> None:
     """What the only process of a run does, or the first of several."""
     from loramix.jobs import gather, learn, open_planned
-    from loramix.train.memory import estimate, num_trained
+    from loramix.train.memory import estimate, free_bytes, num_trained
 
     with notice(f"Opening {found.base} ..."), no_collection():
         import_quickly()
@@ -131,9 +131,12 @@ def _lead(found: Plan, *, dry_run: bool, preview: int, resume: bool, feed: Feed 
         for material in materials:
             show_rows(opened, material, preview)
     settings = [expert.settings for expert in found.experts]
-    longest = max(len(row.ids) for m in materials for _, row in m.learned)
-    needed = estimate(opened, settings, found.run, longest)
+    rows = [[row for _, row in material.learned] for material in materials]
+    judged = [[row for _, row in material.validation] for material in materials]
+    needed = estimate(opened, settings, found.run, rows, judged)
     typer.echo(f"Memory: {needed}.", err=not dry_run)
+    if warning := needed.warning(free_bytes(opened)):
+        typer.echo(warning, err=True)
     if dry_run:
         _print_plan(found, materials, [num_trained(opened, one) for one in settings])
         return

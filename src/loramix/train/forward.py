@@ -11,13 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loramix.errors import TrainError
 from loramix.gates import Gates
 from loramix.mixed import MixedModel
-from loramix.train.batches import IGNORED, Batch
+from loramix.train.batches import IGNORED, Batch, micro_batches
+from loramix.train.data import Row
 from loramix.train.learner import Learner
+
+JUDGED_TOKENS = 16384  # of a batch whose loss is only measured, if its logits are no more than
+JUDGED_LOGITS = 1 << 27
 
 
 def gates(learners: Sequence[Learner], counts: Sequence[int], *, learning: bool) -> list[Gates]:
@@ -58,6 +63,16 @@ def losses(mixed: MixedModel, batch: Batch, *, bf16: bool = False) -> list[Tenso
     stops = list(accumulate(batch.counts, initial=0))
     tokens = [sum(lines[a:b]) for a, b in pairwise(stops)]
     return [part.sum() for part in each.split_with_sizes(tokens)]
+
+
+def judged_batches(model: PreTrainedModel, rows: Sequence[Row]) -> list[Batch]:
+    """Rows whose loss is only measured, in batches that nothing but the base decides.
+
+    Whatever else is trained, figures are the same; the logits of a large vocabulary stay below
+    a gigabyte.
+    """
+    size = model.config.get_text_config().vocab_size
+    return micro_batches([rows], tokens=min(JUDGED_TOKENS, max(1, JUDGED_LOGITS // size)))
 
 
 @torch.no_grad()

@@ -27,12 +27,12 @@ from loramix.train.batches import Batch, micro_batches
 from loramix.train.checkpoint import Checkpoints
 from loramix.train.config import Run
 from loramix.train.data import Row, total_learned
-from loramix.train.forward import check_packing, gates, losses, recomputed
+from loramix.train.forward import check_packing, gates, judged_batches, losses, recomputed
 from loramix.train.learner import Course, Learner
+from loramix.train.memory import LEVERS
 from loramix.train.noise import disturbed
 from loramix.train.processes import Processes
 
-VALIDATION_TOKENS = 16384  # of a batch; the same whatever else is trained, so figures are too
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -152,10 +152,7 @@ class _Pass:
     def _shrink(self, living: Sequence[Learner], steps: Sequence[Sequence[Row]]) -> None:
         longest = max(len(row.ids) for step in steps for row in step)
         if self.micro_tokens <= longest:
-            raise TrainError(
-                f"Out of memory with one row of {longest} tokens. Levers, in this order: gradient "
-                f"checkpointing, a shorter max length (cutoff_len), bfloat16, a smaller base."
-            ) from None
+            raise TrainError(f"Out of memory with one row of {longest} tokens; {LEVERS}.") from None
         self.micro_tokens = max(longest, self.micro_tokens // 2)
         for learner in living:
             learner.optimizer.zero_grad()
@@ -243,7 +240,7 @@ def validation_loss(mixed: MixedModel, learner: Learner, run: Run) -> float:
     if learner.is_remade:
         learner.bind()
     total = 0.0
-    for batch in micro_batches([run.processes.part(rows)], tokens=VALIDATION_TOKENS):
+    for batch in judged_batches(mixed.model, run.processes.part(rows)):
         with mixed.active.using(*gates([learner], batch.counts, learning=False)):
             total += losses(mixed, batch, bf16=run.bf16)[0].item()
     return run.processes.totals([total])[0] / total_learned(rows)
