@@ -94,8 +94,10 @@ class Tiler:
     def tiles(self, matrix: Tensor) -> Tiles:
         """A copy of a matrix [O, K] that `fits`."""
         rows, width = matrix.shape
-        filled = matrix.new_empty(rows + -rows % TILE, width)
-        filled[:rows], filled[rows:] = matrix, 0
+        filled = matrix
+        if rows % TILE or not matrix.is_contiguous() or matrix.storage_offset() % 2:
+            filled = matrix.new_empty(rows + -rows % TILE, width)
+            filled[:rows], filled[rows:] = matrix, 0
         # Two bfloat16 as one int32: torch transposes single elements several times faster.
         pairs = filled.view(torch.int32).view(-1, TILE, width // 2).transpose(1, 2).contiguous()
         tiles = pairs.view(matrix.dtype).view(*pairs.shape, 2)

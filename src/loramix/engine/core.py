@@ -27,6 +27,7 @@ from loramix.engine.threads import rest, sensible_threads
 from loramix.errors import EngineError
 from loramix.frozen import FrozenLayers
 from loramix.mixed import MixedLinear, MixedModel
+from loramix.threads import single_threaded
 from loramix.tiles import Tiler
 
 CLOSED = "The engine is closed; open a new one."
@@ -107,7 +108,8 @@ class Core:
         It is held in `dtype`, or in its own precision. Raises BaseMismatch.
         """
         self.mixed.check(adapter)
-        updates = self.mixed.prepared(adapter, dtype)  # here, so the steps go on meanwhile
+        with single_threaded():  # and here, so the steps go on meanwhile
+            updates = self.mixed.prepared(adapter, dtype)
         bound: Future[None] = Future()
 
         def take() -> None:

@@ -32,6 +32,7 @@ from loramix.formats.keys import Assorted, Layout, Part, assort, summary
 from loramix.formats.weights import open_weights
 from loramix.lora import Pair
 from loramix.mix import check_name, slug
+from loramix.threads import single_threaded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MINLORA_ALPHA = 1.0  # its default, and its files do not say
@@ -63,7 +64,8 @@ def read(
     opened = open_weights(file, allow_pickle=allow_pickle)
     assorted = assort(opened.tensors, str(file))
     _leave_out((*opened.rest, *assorted.strays), lora_only, str(file), tell)
-    pairs = _pairs(assorted, settings, str(file), tell)
+    with single_threaded():
+        pairs = _pairs(assorted, settings, str(file), tell)
     name = check_name(name or slug(_own_name(path)))
     return Adapter(name, pairs, digest(pairs), _card(folder, name, settings))
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from loramix.errors import MergeError
 from loramix.merge.files import Slot
 from loramix.merge.journal import CHUNK
 from loramix.merge.stored import Stored, bytes_of, read_into
+from loramix.threads import single_threaded
 
 LANES = 8  # threads at most: a disk has no more to give
 AHEAD = 16 << 20  # bytes that the kernel is asked to have read before they are needed
@@ -78,17 +79,6 @@ def run(
         ways = (Way(s.stored, sources[s.stored.file], files[s.file], s.offset) for s in ordered)
         for written in as_completed([pool.submit(_write, way, fold) for way in ways]):
             done(written.result())
-
-
-@contextmanager
-def single_threaded() -> Iterator[int]:
-    """Torch computes with one thread for each of ours meanwhile; how many it had."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield count
-    finally:
-        torch.set_num_threads(count)
 
 
 def _opened(path: Path, stack: ExitStack) -> int:
