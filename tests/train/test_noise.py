@@ -11,7 +11,7 @@ from loramix.train.batches import collate, micro_batches
 from loramix.train.config import Run
 from loramix.train.forward import gates, losses
 from loramix.train.learner import Learner
-from loramix.train.loop import gradients, train
+from loramix.train.loop import Stopped, gradients, train
 from loramix.train.noise import disturbed, drawn
 from tests.tiny import tiny_base
 from tests.train.small import SETTINGS, SOUNDS, course, rows_of
@@ -112,3 +112,15 @@ def test_an_expert_without_noise_learns_as_alone_beside_one_with():
         alone, beside = weights(("one", settings)), weights(("one", settings), ("other", other))
         for name, pair in alone.items():
             torch.testing.assert_close(pair.delta(), beside[name].delta(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_that_is_taken_up_again_draws_the_same(tmp_path):
+    (whole,) = train(tiny_base(), [course(tiny_base(), "x", settings=NOISY)])
+    rounds = iter(range(1, 99))
+    run = Run(folder=tmp_path, stopped=lambda: next(rounds) == 3)
+    with pytest.raises(Stopped):
+        train(tiny_base(), [course(tiny_base(), "x", settings=NOISY)], run)
+    (again,) = train(tiny_base(), [course(tiny_base(), "x", settings=NOISY)], Run(folder=tmp_path))
+    assert whole.digest == again.digest
+    (plain,) = train(tiny_base(), [course(tiny_base(), "x")])
+    assert plain.digest != whole.digest
