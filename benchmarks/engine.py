@@ -481,7 +481,7 @@ def plot(table: Table, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("tokens per second, all requests together (random Qwen3-0.6B shape, bfloat16)")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")  # the label is wider than the bars
 
 
 if __name__ == "__main__":
