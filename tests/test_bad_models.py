@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -169,13 +170,18 @@ def test_what_is_not_right_is_one_sentence_and_nothing_is_written(line, place, m
     assert tree(place) == before
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Files end at 4,000 bytes, as on a disk that has no more."""
+    """Files end at 4,000 bytes, as on a disk that has no more.
+
+    For as long as the command runs: the log that pytest writes its dots to may be a file too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
@@ -188,10 +194,12 @@ def full_disk():
         "convert base out.gguf",
     ],
 )
-def test_on_a_full_disk_nothing_is_left(line, place, monkeypatch, capsys, full_disk):
+def test_on_a_full_disk_nothing_is_left(line, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = tree(place)
-    assert main(line.split(" ")) == 1
+    with full_disk():
+        status = main(line.split(" "))
+    assert status == 1
     out, err = capsys.readouterr()
     assert not out
     assert err.startswith("Error: Cannot write ")
