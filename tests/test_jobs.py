@@ -12,7 +12,7 @@ import pytest
 from loramix.cli import main
 from loramix.errors import AdapterError, TrainError
 from loramix.formats.readme import describe, render
-from loramix.jobs import gather, learn, open_planned
+from loramix.jobs import gather, learn, open_planned, taken_up
 from loramix.library import Library
 from loramix.lm import has_router, load_router
 from loramix.train.log import entries
@@ -96,6 +96,25 @@ def test_a_stopped_run_goes_on_and_its_log_too(place, saved_base):
     shutil.rmtree(place / "build")
     learn(plan, base, gather(plan, base))
     assert Library(place / "library").load("sounds").digest == whole
+
+
+def test_an_overwriting_run_takes_up_the_checkpoint_that_it_is_told_to(place, saved_base):
+    words = ["fit_router=false", "overwrite_output_dir=true", "save_steps=1", "save_total_limit=9"]
+    plan = planned(saved_base, *words)
+    base = open_planned(plan)
+    with pytest.raises(TrainError, match="resume_from_checkpoint is true and build/experts has no"):
+        learn(dataclasses.replace(plan, resume=True), base, gather(plan, base))
+    learn(plan, base, gather(plan, base))
+    whole = Library(place / "library").load("sounds").digest
+    oldest = sorted((place / "build/experts").glob("checkpoint-*"))[0]
+    seen = []
+    again = planned(saved_base, *words, f"resume_from_checkpoint={oldest}")
+    learn(again, base, gather(again, base), seen.append)
+    assert seen[0].step == int(oldest.name[-8:]) + 1
+    assert Library(place / "library").load("sounds").digest == whole
+    assert taken_up(again).run.resume_from is None  # a job goes on from its own newest one
+    elsewhere = dataclasses.replace(again, output=place / "new")
+    assert taken_up(elsewhere).run.resume_from == oldest
 
 
 def test_bad_rows_are_refused_with_their_lines_before_anything_is_learned(place, saved_base):

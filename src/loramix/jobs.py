@@ -11,7 +11,7 @@ from pathlib import Path
 from loramix.adapter import Adapter, Card
 from loramix.base import Base, open_base
 from loramix.chat import Example, Message
-from loramix.errors import AdapterError
+from loramix.errors import AdapterError, TrainError
 from loramix.formats.folder import PLOT, TRAINING
 from loramix.library import Library
 from loramix.lm import ROUTER, has_router, own_library
@@ -21,7 +21,7 @@ from loramix.route.gate import GateRouter
 from loramix.route.saved import state
 from loramix.train.board import Board
 from loramix.train.checkpoint import found
-from loramix.train.data import Row
+from loramix.train.data import Row, understood, unknown_to
 from loramix.train.dataset import (
     Loaded,
     Sample,
@@ -33,6 +33,7 @@ from loramix.train.dataset import (
     to_rows,
 )
 from loramix.train.files import Problem
+from loramix.train.forward import rounded_products
 from loramix.train.learner import Course, account
 from loramix.train.log import TrainerLog, entries
 from loramix.train.loop import Progress, train
@@ -113,11 +114,15 @@ def learn(
     shelf = shelf_of(plan)
     if not resume:
         check_names(plan, shelf)
-        if plan.overwrite:
+        if plan.resume and not found(plan.output):
+            raise TrainError(
+                f"resume_from_checkpoint is true and {plan.output} has no checkpoint; leave it out."
+            )
+        if plan.begins_anew:
             _forget(plan.output)
     plan.run.processes.wait()
     courses = [_course(material, base) for material in materials]
-    with _followed(plan, report) as told:
+    with _followed(plan, report) as told, rounded_products(base.device, wanted=plan.tf32):
         adapters = train(base, courses, plan.run, told)
     tell("Fitting the router ...")
     begun = state(shelf.folder / ROUTER)
@@ -172,7 +177,14 @@ def assist(plan: Plan, processes: Processes) -> None:
     materials = gather(plan, base)
     processes.wait()  # until the first one has emptied the folder of a run that begins anew
     courses = [_course(material, base) for material in materials]
-    train(base, courses, replace(plan.run, processes=processes))
+    with rounded_products(base.device, wanted=plan.tf32):
+        train(base, courses, replace(plan.run, processes=processes))
+
+
+def taken_up(plan: Plan) -> Plan:
+    """The plan of a job that goes on: from its own newest checkpoint if it has one."""
+    run = replace(plan.run, resume_from=None) if found(plan.output) else plan.run
+    return replace(plan, run=run)
 
 
 def open_planned(plan: Plan) -> Base:
@@ -201,6 +213,7 @@ def _material(plan: Plan, expert: ExpertPlan, base: Base) -> Material:
     rows, bad = _tokens(plan, expert, base, learned)
     held, held_bad = _tokens(plan, expert, base, validation)
     cut = sum(len(row.ids) == expert.settings.max_length for _, row in rows)
+    notes += unknown_to(base.tokenizer, plan.template)
     if cut and plan.truncate:
         notes.append(f"{cut} rows of {expert.name} fill or pass cutoff_len and may be cut.")
     return Material(expert, rows, held, [*problems, *bad, *held_bad], notes)
@@ -211,7 +224,7 @@ def _read(source: Source, max_rows: int | None) -> Loaded:
         return load(source.file, max_rows=max_rows)
     if source.hub:
         return load_hub(source.hub, max_rows=max_rows)
-    return load_named(source.names, source.folder, max_rows=max_rows)
+    return load_named(source.names, source.folder, max_rows=max_rows, mixing=source.mixing)
 
 
 def _tokens(
@@ -224,7 +237,7 @@ def _tokens(
         samples,
         min(expert.settings.max_length, base.context),
         learned=plan.learned,
-        template=plan.template,
+        template=understood(base.tokenizer, plan.template),
         truncate=plan.truncate,
     )
     accepted(Loaded([s for s, _ in rows], problems), str(expert.source), max_bad=plan.max_bad)

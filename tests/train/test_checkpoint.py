@@ -88,6 +88,30 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         train(tiny_base(), courses(tiny_base()), Run(folder=tmp_path))
 
 
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(tmp_path):
+    whole = train(
+        tiny_base(), courses(tiny_base()), Run(folder=tmp_path / "a", save_every=1, keep=9)
+    )
+    place, steps = tmp_path / "a" / "checkpoint-00000005", []
+    elsewhere = Run(folder=tmp_path / "b", resume_from=place)
+    same(train(tiny_base(), courses(tiny_base()), elsewhere, steps.append), whole)
+    assert steps[0].step == 6
+    again = Run(
+        folder=tmp_path / "a", resume_from=place, save_every=1, keep=2, stopped=lambda: True
+    )
+    with pytest.raises(Stopped, match="after round 6"):
+        train(tiny_base(), courses(tiny_base()), again)
+    kept = [int(each.name[-2:]) for each in found(tmp_path / "a")]
+    assert kept == [5, 6, 7, 8, 9, 10, 11, 12]  # what is newer is not for this run to delete
+
+
+def test_a_checkpoint_of_another_program_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    run = Run(folder=tmp_path / "run", resume_from=tmp_path / "checkpoint-500")
+    with pytest.raises(TrainError, match=r"is no checkpoint of loramix: .* adapter_name_or_path"):
+        train(tiny_base(), courses(tiny_base()), run)
+
+
 def killed_at_random(tmp_path, kills, seed):
     """Run the program, killing it again and again; what the whole run would have made."""
     rng = random.Random(seed)

@@ -4,7 +4,7 @@ import pytest
 
 from loramix.chat import Example, Message, prompt_ids
 from loramix.errors import TrainError
-from loramix.train.data import Row, preview, tokenise
+from loramix.train.data import Row, preview, tokenise, understood, unknown_to
 from tests.tiny import tiny_tokenizer
 
 TURNS = Example(
@@ -100,3 +100,14 @@ def test_a_row_that_would_teach_something_else_is_refused(example, template, exp
 
 def test_a_row_counts_what_it_teaches():
     assert Row((1, 2, 3, 4, 5), ((1, 2), (3, 5))).num_learned == 3
+
+
+def test_a_template_is_told_what_it_knows_of():
+    tokenizer = tiny_tokenizer()
+    told = {"enable_thinking": True, "preserve_thinking": False}
+    assert understood(tokenizer, told) == {}
+    assert [note.split()[0] for note in unknown_to(tokenizer, told)] == sorted(told)
+    with pytest.raises(TrainError, match="preserve_thinking: the chat template of this base"):
+        understood(tokenizer, {"preserve_thinking": True})
+    tokenizer.chat_template += "{% if preserve_thinking %}{% endif %}"
+    assert understood(tokenizer, {"preserve_thinking": True}) == {"preserve_thinking": True}

@@ -13,7 +13,7 @@ from loramix.gates import Gates
 from loramix.mixed import MixedModel
 from loramix.train.batches import collate
 from loramix.train.config import Run, Settings
-from loramix.train.forward import losses
+from loramix.train.forward import losses, rounded_products
 from loramix.train.learner import Course, Learner
 from loramix.train.loop import gradients, train, validation_loss
 from loramix.train.start import fresh_pairs
@@ -149,6 +149,25 @@ def test_the_same_seed_learns_the_same_expert():
     experts = [train(base, [course(base, "x")])[0] for base in (tiny_base(), tiny_base())]
     for layer, pair in experts[0].pairs.items():
         assert torch.equal(pair.b, experts[1].pairs[layer].b)
+
+
+def test_rows_that_are_not_shuffled_are_learned_in_their_order():
+    base = tiny_base()
+    mixed = MixedModel(base.model)
+    learner = Learner(course(base, "x", SOUNDS, change(shuffled=False)), mixed)
+    seen = []
+    for step in range(6):
+        learner.step = step
+        seen += learner.rows()
+    mixed.release()
+    assert seen == [*learner.course.rows] * 2
+
+
+def test_ten_bits_are_for_gpus_that_have_them():
+    with rounded_products(torch.device("cpu"), wanted=False):
+        pass
+    with pytest.raises(TrainError, match="tf32 needs an NVIDIA GPU since Ampere, not the cpu"):
+        rounded_products(torch.device("cpu"), wanted=True).__enter__()
 
 
 def test_dropout_hangs_on_the_seed_alone():

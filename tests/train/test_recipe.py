@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loramix.errors import LoramixError, TrainError
+from loramix.train.interleave import Mixing
 from loramix.train.keys import PASSED_OVER, REFUSED
 from loramix.train.recipe import plan, read_plan
 
@@ -101,21 +102,32 @@ def test_no_key_of_the_list_is_unknown(key):
         ({"finetuning_type": "full"}, "only LoRA experts can be mixed"),
         ({"fp16": True}, "use bf16 or float32"),
         ({"export_dir": "merged"}, "use `loramix merge`"),
-        ({"quantization_bit": 3}, "quantization_bit is 3; expected 8 or 4"),
+        ({"quantization_bit": 3}, "quantization_bit is 3; expected 8, 4"),
         ({"quantization_type": "fp4"}, "4 bits are those of QLoRA, nf4"),
         ({"double_quantization": False}, "whose scales are rounded"),
         ({"lora_rank": "eight"}, "lora_rank is 'eight'; expected a whole number"),
         ({"lora_rank": 8.5}, "expected a whole number"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expected a whole"),
+        ({"lora_dropout": 1}, "lora_dropout is 1; expected a number, at least 0 and below 1"),
+        ({"evaluation_strategy": "never"}, "evaluation_strategy is 'never'; expected no, steps"),
         ({"lora_rank": True}, "expected a whole number"),
         ({"learning_rate": "fast"}, "expected a number"),
+        ({"streaming": True}, "streaming: rows without an end need max_steps, which brand lacks"),
+        ({"interleave_probs": "a,b"}, "interleave_probs is 'a,b'; expected 0.7,0.3"),
+        ({"lr_scheduler_kwargs": "x"}, "lr_scheduler_kwargs is 'x'; expected {option: value"),
+        ({"resume_from_checkpoint": "x", "save_strategy": False}, "drop save_strategy: no"),
+        ({"resume_from_checkpoint": 4}, "is 4; expected true, false or a folder"),
         ({"packing": "yes"}, "packing is 'yes'; expected true or false"),
-        ({"lora_rank": 0}, "rank is 0; expected more than 0"),
+        ({"lora_rank": 0}, "lora_rank is 0; expected a whole number, at least 1"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin'; expected linear, cosine"),
         ({"optim": "paged_adamw_8bit"}, "optim is 'paged_adamw_8bit'"),
         ({"eval_strategy": "never"}, "eval_strategy is 'never'; expected no, steps, epoch"),
         ({"save_steps": 0.1}, "save_steps is 0.1; expected a whole number of steps"),
         ({"pissa_init": True, "olora_init": True}, "drop one of them"),
-        ({"pissa_init": True, "use_dora": True}, "DoRA cannot start from pissa"),
+        (
+            {"pissa_init": True, "use_dora": True},
+            "use_dora and pissa_init are both set; drop one of them",
+        ),
         ({"train_on_prompt": True, "mask_history": True}, "contradict each other"),
         ({"dataset": None}, "has no rows; expected the key dataset"),
         ({"output_dir": None}, "The key output_dir is missing"),
@@ -141,6 +153,61 @@ def test_a_base_is_rounded_and_adam_remembers_in_eight_bits_where_that_is_asked(
         {**LEAST, "quantization_bit": 4, "quantization_type": "nf4", "optim": "adamw_8bit"}
     )
     assert (found.quantize, found.experts[0].settings.optimizer) == ("nf4", "adamw8bit")
+
+
+def test_what_the_order_and_the_rates_of_rows_hang_on_is_taken_over():
+    found = plan(
+        {
+            **LEAST,
+            "dataset": "a, b",
+            "mix_strategy": "interleave_over",
+            "interleave_probs": "0.7,0.3",
+            "disable_shuffling": True,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}',
+            "warmup_steps": 3,
+            "preserve_thinking": False,
+            "tf32": False,
+        }
+    )
+    (expert,) = found.experts
+    assert expert.source.mixing == Mixing("interleave_over", (0.7, 0.3), 42)
+    assert not expert.settings.shuffled
+    assert expert.settings.schedule_options == {"min_lr_rate": 0.1}
+    assert (expert.settings.warmup, found.tf32) == (3, False)
+    assert found.template == {"preserve_thinking": False}
+
+
+def test_a_constant_rate_is_warmed_up_only_if_its_name_says_so():
+    warm = [
+        plan({**LEAST, "lr_scheduler_type": name, "warmup_ratio": 0.1}).experts[0].settings.warmup
+        for name in ("constant", "constant_with_warmup")
+    ]
+    assert warm == [0, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("given", "resume", "place", "anew"),
+    [
+        (None, None, None, True),
+        (True, True, None, False),
+        (False, False, None, True),
+        ("old/checkpoint-00000004", None, Path("old/checkpoint-00000004"), False),
+    ],
+)
+def test_which_checkpoint_a_run_goes_on_from(given, resume, place, anew):
+    found = plan({**LEAST, "overwrite_output_dir": True, "resume_from_checkpoint": given})
+    assert (found.resume, found.run.resume_from, found.begins_anew) == (resume, place, anew)
+    assert not plan(LEAST).begins_anew
+
+
+def test_what_has_no_meaning_here_is_told():
+    keys = ("swanlab_project", "image_max_pixels", "video_fps", "use_swanlab", "buffer_size")
+    notes = plan({**LEAST, **dict.fromkeys(keys, 1)}).notes
+    assert [note.split()[0] for note in notes] == list(keys)
+    assert all("is passed over: " in note for note in notes)
+    (note,) = plan({**LEAST, "streaming": True, "max_steps": 9}).notes
+    assert "rows are read whole" in note
 
 
 def test_every_refusal_and_note_has_a_reason():

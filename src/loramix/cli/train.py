@@ -104,9 +104,11 @@ def work(
     `feed` is told what the terminal is, for those who follow from elsewhere.
     """
     hush(bars=sys.stderr.isatty() and found.base != "pocket")
-    from loramix.jobs import assist
+    from loramix.jobs import assist, taken_up
     from loramix.train.processes import together
 
+    if resume:
+        found = taken_up(found)
     with together(1 if dry_run else found.processes, partial(assist, found)) as processes:
         if processes.is_first:
             own = replace(found, run=replace(found.run, processes=processes))

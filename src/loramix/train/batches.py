@@ -48,6 +48,11 @@ def epoch_order(lengths: Sequence[int], size: int, seed: int, epoch: int) -> lis
     return groups
 
 
+def file_order(count: int, size: int) -> list[list[int]]:
+    """An epoch as batches of row numbers, in the order that the rows have."""
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
 def micro_batches(
     steps: Sequence[Sequence[Row]],
     *,

@@ -62,28 +62,34 @@ class Checkpoints:
             }
             save_file(tensors, new / TENSORS)
             (new / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for old in found(self.folder)[: -self.keep]:
+        until = [other for other in found(self.folder) if other <= place]
+        for old in until[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def restore(self) -> int:
-        """Take up the newest checkpoint: the number of its round, 0 if there is none.
+    def restore(self, place: Path | None = None) -> int:
+        """Take up this checkpoint, or the newest one: the number of its round, 0 if there is none.
 
-        Raises TrainError if it is of another run or damaged.
+        Raises TrainError if it is of another run, damaged, or none.
         """
-        places = found(self.folder)
-        if not places:
+        if place is not None and not (place / STATE).exists():
+            raise TrainError(
+                f"{place} is no checkpoint of loramix: it has no {STATE}; to begin from an "
+                f"adapter's weights give it as adapter_name_or_path."
+            )
+        place = place or next(reversed(found(self.folder)), None)
+        if place is None:
             return 0
         try:
-            state = json.loads((places[-1] / STATE).read_text(encoding="utf-8"))
-            tensors = load_file(places[-1] / TENSORS)
+            state = json.loads((place / STATE).read_text(encoding="utf-8"))
+            tensors = load_file(place / TENSORS)
             same = state["of_run"] == self.of_run
         except Exception as error:  # whatever somebody else made of our files
             raise TrainError(
-                f"{places[-1]} is damaged ({error}); remove it to go on from an older one."
+                f"{place} is damaged ({error}); remove it to go on from an older one."
             ) from error
         if not same:
             raise TrainError(
-                f"{places[-1]} is of a run with other rows, settings or another base; train into "
+                f"{place} is of a run with other rows, settings or another base; train into "
                 f"another folder, or remove the checkpoints to begin anew (overwrite_output_dir)."
             )
         for n, learner in enumerate(self.learners):

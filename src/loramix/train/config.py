@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from loramix.errors import TrainError
 from loramix.train.processes import Processes
+from loramix.train.schedule import OPTIONS, Place, check_schedule, share
 
-SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 STARTS = ("default", "pissa", "olora")
 
@@ -31,11 +32,13 @@ class Settings:
     start: str = "default"  # or pissa, olora: the rank is then doubled when the expert is saved
     rate: float = 1e-3
     b_ratio: float = 1.0  # LoRA+: how much faster b learns than a, and DoRA's magnitudes
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # one of schedule.OPTIONS
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
     warmup: float = 0.05  # below 1 a share of the steps, else their number
     epochs: float = 3
     max_steps: int | None = None  # instead of epochs
     batch_size: int = 16  # rows of one optimizer step
+    shuffled: bool = True  # anew in every epoch; else in the order of the file
     optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -61,11 +64,12 @@ class Settings:
                 raise TrainError(f"{name} is {getattr(self, name)}; expected at least 0.")
         if not 0 <= self.dropout < 1:
             raise TrainError(f"dropout is {self.dropout}; expected 0 to below 1.")
-        for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("start", STARTS)):
+        for name, known in (("schedule", OPTIONS), ("optimizer", OPTIMIZERS), ("start", STARTS)):
             if getattr(self, name) not in known:
                 raise TrainError(f"{name} is {getattr(self, name)!r}; expected {', '.join(known)}.")
         if self.dora and self.start != "default":
             raise TrainError(f"DoRA cannot start from {self.start}; drop one of the two.")
+        check_schedule(self.schedule, self.schedule_options)
 
     @property
     def scale(self) -> float:
@@ -86,15 +90,8 @@ class Settings:
         warmup = self.warmup * num_steps if self.warmup < 1 else self.warmup
         if step < warmup:
             return self.rate * (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, num_steps - warmup)
-        match self.schedule:
-            case "cosine":
-                return self.rate * 0.5 * (1 + math.cos(math.pi * done))
-            case "linear":
-                return self.rate * (1 - done)
-            case "inverse_sqrt":
-                return self.rate * math.sqrt(max(1.0, warmup) / max(1.0, step + 1))
-        return self.rate
+        at = Place(step, warmup, num_steps, self.rate)
+        return self.rate * share(self.schedule, self.schedule_options, at)
 
 
 def never() -> bool:
@@ -114,6 +111,7 @@ class Run:
     checkpointing: bool = False  # keep no activations between layers; a third more time
     packing: bool = False  # short rows of one expert behind each other in one
     folder: Path | None = None  # of checkpoints; goes on from the newest if there are any
+    resume_from: Path | None = None  # a checkpoint to go on from, instead of the newest one
     save_every: int | None = None  # rounds; None: when an expert is validated, or would be
     keep: int = 2  # newest checkpoints kept
     processes: Processes = field(default_factory=Processes)  # that compute it, each a part

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from loramix.chat import Example, answered_ids, prompt_ids
+from loramix.chat import Example, answered_ids, prompt_ids, template_text
 from loramix.errors import BadRequest, TrainError
 
 if TYPE_CHECKING:
@@ -113,6 +113,26 @@ def preview(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[tuple[str, boo
         start = stop
     pieces.append((row.ids[start:], False))
     return [(str(tokenizer.decode(list(ids))), learned) for ids, learned in pieces if ids]
+
+
+def understood(tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a training file's words to the template this one knows.
+
+    Raises TrainError if thoughts are to be kept by a template that says nothing of that.
+    """
+    text = template_text(tokenizer)
+    if template.get("preserve_thinking") and "preserve_thinking" not in text:
+        raise TrainError(
+            "preserve_thinking: the chat template of this base knows nothing of it, and decides "
+            "itself what it keeps of earlier thoughts; drop it."
+        )
+    return {key: value for key, value in template.items() if key in text}
+
+
+def unknown_to(tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any]) -> list[str]:
+    """A line on each of a training file's words to the template that this one does not know."""
+    rest = sorted(template.keys() - understood(tokenizer, template).keys())
+    return [f"{key} is passed over: this base's chat template knows nothing of it." for key in rest]
 
 
 def _unlike(example: Example, last: bool) -> str:

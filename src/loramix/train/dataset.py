@@ -14,12 +14,14 @@ from loramix.chat import Example
 from loramix.errors import TrainError
 from loramix.train.data import Learned, Row, tokenise
 from loramix.train.files import Problem, Record, read
+from loramix.train.interleave import Mixing
 from loramix.train.online import fetch_rows
 from loramix.train.shapes import Shape, Unfit, declared, detect
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONCAT = Mixing()
 REGISTRY = "dataset_info.json"
 MAX_BAD = 0.05  # share of the rows
 LISTED = 5  # problems that a message shows
@@ -101,8 +103,10 @@ def _samples(
             yield Problem(line, str(error))
 
 
-def load_named(names: Sequence[str], folder: Path, *, max_rows: int | None = None) -> Loaded:
-    """Datasets of a folder's dataset_info.json, one after the other."""
+def load_named(
+    names: Sequence[str], folder: Path, *, max_rows: int | None = None, mixing: Mixing = CONCAT
+) -> Loaded:
+    """Datasets of a folder's dataset_info.json, at most `max_rows` of each, as one."""
     known = registry(folder)
     parts = []
     for name in names:
@@ -112,7 +116,7 @@ def load_named(names: Sequence[str], folder: Path, *, max_rows: int | None = Non
             raise TrainError(f"No dataset {name!r} in {folder / REGISTRY}; {hint}")
         parts.append(_entry(name, known[name], folder, max_rows))
     return Loaded(
-        [sample for part in parts for sample in part.samples],
+        mixing([part.samples for part in parts]),
         [problem for part in parts for problem in part.problems],
         [note for part in parts for note in part.notes],
     )

@@ -12,78 +12,109 @@ from collections.abc import Mapping
 from typing import Any
 
 from loramix.errors import TrainError
+from loramix.train.interleave import MIXED
+from loramix.train.kinds import Choice, Kind, Number, read
+from loramix.train.schedule import OPTIONS
+
+COUNT = Number(int, 1)
+POSITIVE = Number(float, above=True)
+AMOUNT = Number(float)
+SHARE = Number(float, below=1)
+STEPS = Number(int, -1)  # -1: as many as the epochs have
+STRATEGIES: Choice = {"no": "no", "steps": "steps", "epoch": "epoch"}
+SCHEDULES: Choice = {name: name for name in (*OPTIONS, "constant_with_warmup")}
+OPTIMIZERS: Choice = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_8bit": "adamw8bit",
+    "adamw_bnb_8bit": "adamw8bit",
+    "sgd": "sgd",
+}
+MIXES: Choice = {name: name for name in MIXED}
+REPORTS: Choice = {"none": "none", "tensorboard": "tensorboard"}
+DTYPES: Choice = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16"}
+BITS: Choice = {8: "int8", 4: "nf4"}
 
 # of one expert: each may also stand under `experts: {name: ...}`
-OF_EXPERT: dict[str, type] = {
+OF_EXPERT: dict[str, Kind] = {
     "data": str,
     "eval_data": str,
     "dataset": str,
     "eval_dataset": str,
     "description": str,
     "preset": str,
-    "lora_rank": int,
-    "lora_alpha": float,
-    "lora_dropout": float,
-    "neftune_noise_alpha": float,
+    "lora_rank": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout": SHARE,
+    "neftune_noise_alpha": AMOUNT,
     "lora_target": str,
     "use_rslora": bool,
     "use_dora": bool,
     "pissa_init": bool,
     "olora_init": bool,
-    "loraplus_lr_ratio": float,
-    "max_samples": int,
-    "val_size": float,
-    "learning_rate": float,
-    "num_train_epochs": float,
-    "max_steps": int,
-    "lr_scheduler_type": str,
-    "warmup_ratio": float,
-    "warmup_steps": float,
-    "max_grad_norm": float,
-    "weight_decay": float,
-    "optim": str,
-    "adam_beta1": float,
-    "adam_beta2": float,
-    "per_device_train_batch_size": int,
-    "gradient_accumulation_steps": int,
-    "eval_strategy": str,
-    "eval_steps": float,
+    "loraplus_lr_ratio": POSITIVE,
+    "mix_strategy": MIXES,
+    "interleave_probs": str,
+    "max_samples": COUNT,
+    "val_size": AMOUNT,
+    "learning_rate": POSITIVE,
+    "num_train_epochs": POSITIVE,
+    "max_steps": STEPS,
+    "lr_scheduler_type": SCHEDULES,
+    "lr_scheduler_kwargs": dict,
+    "warmup_ratio": AMOUNT,
+    "warmup_steps": AMOUNT,
+    "max_grad_norm": AMOUNT,
+    "weight_decay": AMOUNT,
+    "optim": OPTIMIZERS,
+    "adam_beta1": SHARE,
+    "adam_beta2": SHARE,
+    "disable_shuffling": bool,
+    "per_device_train_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "eval_strategy": STRATEGIES,
+    "eval_steps": POSITIVE,
     "load_best_model_at_end": bool,
-    "early_stopping_steps": int,
+    "early_stopping_steps": COUNT,
     "seed": int,
 }
 # of the run as a whole
-OF_RUN: dict[str, type] = {
+OF_RUN: dict[str, Kind] = {
     "model_name_or_path": str,
     "model_revision": str,
     "dataset_dir": str,
     "output_dir": str,
     "overwrite_output_dir": bool,
+    "resume_from_checkpoint": bool | str,
     "library": str,
     "name": str,
     "fit_router": bool,
-    "cutoff_len": int,
+    "cutoff_len": COUNT,
     "train_on_prompt": bool,
     "mask_history": bool,
     "packing": bool,
     "neat_packing": bool,
     "enable_thinking": bool,
+    "preserve_thinking": bool,
     "default_system": str,
-    "max_bad_rows": float,
+    "max_bad_rows": AMOUNT,
     "bf16": bool,
     "pure_bf16": bool,
-    "infer_dtype": str,
-    "quantization_bit": int,
+    "tf32": bool,
+    "infer_dtype": DTYPES,
+    "quantization_bit": BITS,
     "disable_gradient_checkpointing": bool,
     "gradient_checkpointing": bool,
-    "save_strategy": str,
-    "save_steps": float,
-    "save_total_limit": int,
-    "logging_steps": float,
+    "save_strategy": STRATEGIES,
+    "save_steps": POSITIVE,
+    "save_total_limit": COUNT,
+    "logging_steps": POSITIVE,
     "plot_loss": bool,
-    "report_to": str,
+    "report_to": REPORTS,
     "logging_dir": str,
-    "processes": int,
+    "streaming": bool,
+    "processes": COUNT,
 }
 ALIASES = {"evaluation_strategy": "eval_strategy", "run_name": "name"}
 # what changes nothing here, and why
@@ -104,10 +135,11 @@ PASSED_OVER = {
     "dataloader_num_workers": "rows are ready in memory",
     "tokenized_path": "nothing is cached",
     "ddp_timeout": "torch's own setting holds",
-    "tf32": "torch's own setting holds",
     "include_num_input_tokens_seen": "tokens a second are always told",
     "compute_accuracy": "the loss is what is measured",
     "use_unsloth": "the experts of a run share one pass instead",
+    "use_swanlab": "progress goes to trainer_log.jsonl, or to report_to: tensorboard",
+    "buffer_size": "rows are read whole and shuffled all together",
     "use_unsloth_gc": "gradient checkpointing is torch's",
     "enable_liger_kernel": "the output layer sees learned tokens alone, which saves the same",
     "hf_hub_token": "set HF_TOKEN instead",
@@ -120,6 +152,13 @@ PASSED_OVER = {
     "export_legacy_format": "adapters are safetensors",
     "deepspeed": "every process holds the whole base",
     "fsdp": "every process holds the whole base",
+}
+# and keys that begin so
+PREFIXES = {
+    "swanlab_": "progress goes to trainer_log.jsonl, or to report_to: tensorboard",
+    "image_": "rows are text",
+    "video_": "rows are text",
+    "audio_": "rows are text",
 }
 # what is refused unless it has one of these values, and why
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -139,20 +178,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "double_quantization": ((True, None), "4 bits are those of QLoRA, whose scales are rounded"),
     "rope_scaling": ((None,), "it would change the base"),
     "fp16": ((False, None), "its gradients vanish without care; use bf16 or float32"),
-    "streaming": ((False, None), "rows are read whole, so that they can be checked"),
-    "mix_strategy": (("concat", None), "datasets follow each other"),
-    "interleave_probs": ((None,), "datasets follow each other"),
-    "disable_shuffling": ((False, None), "rows are always shuffled"),
-    "preserve_thinking": ((False, None), "the chat template decides what it keeps"),
     "metric_for_best_model": (("loss", "eval_loss", None), "the validation loss decides"),
     "greater_is_better": ((False, None), "the validation loss decides"),
-    "lr_scheduler_kwargs": ((None, {}), "schedules have no options"),
-    "resume_from_checkpoint": ((None, True, False), "the newest checkpoint in output_dir is taken"),
     "export_dir": ((None,), "this file merges; use `loramix merge`"),
     "use_galore": ((False, None), "experts are LoRA"),
     "use_apollo": ((False, None), "experts are LoRA"),
     "use_badam": ((False, None), "experts are LoRA"),
-    "use_swanlab": ((False, None), "progress goes to trainer_log.jsonl"),
     "pissa_convert": ((True, False, None), ""),  # a PiSSA expert is always a plain LoRA when saved
     "pissa_iter": ((16, -1, None), "the singular vectors are exact"),
 }
@@ -168,11 +199,12 @@ def check_keys(values: Mapping[str, Any], *, inside: str = "") -> tuple[dict[str
     known = OF_EXPERT if inside else {**OF_EXPERT, **OF_RUN}
     for given, value in values.items():
         key = ALIASES.get(str(given), str(given))
+        reason = None if inside else _passed_over(key)
         if key in known:
             if value is not None:
-                honoured[key] = _typed(key, value, known[key])
-        elif key in PASSED_OVER and not inside:
-            notes.append(f"{key} is passed over: {PASSED_OVER[key]}.")
+                honoured[key] = read(str(given), value, known[key])
+        elif reason:
+            notes.append(f"{key} is passed over: {reason}.")
         elif key in REFUSED and not inside:
             allowed, reason = REFUSED[key]
             if value not in allowed:
@@ -182,7 +214,12 @@ def check_keys(values: Mapping[str, Any], *, inside: str = "") -> tuple[dict[str
     return honoured, notes
 
 
-def _unknown(key: str, known: Mapping[str, type], inside: str) -> TrainError:
+def _passed_over(key: str) -> str | None:
+    begins = (reason for prefix, reason in PREFIXES.items() if key.startswith(prefix))
+    return PASSED_OVER.get(key) or next(begins, None)
+
+
+def _unknown(key: str, known: Mapping[str, Kind], inside: str) -> TrainError:
     if key in V1:
         return TrainError(
             f"{key!r} is a key of LLaMA-Factory's new format (USE_V1); write the file with its "
@@ -193,22 +230,3 @@ def _unknown(key: str, known: Mapping[str, type], inside: str) -> TrainError:
     place = f" of the expert {inside!r}" if inside else ""
     hint = f"Did you mean {close[0]!r}?" if close else "See docs/training.md for those there are."
     return TrainError(f"Unknown key {key!r}{place}. {hint}")
-
-
-def _typed(key: str, value: Any, wanted: type) -> Any:
-    """The value as its key's type; YAML reads 1e-4 as text."""
-    if wanted is bool and isinstance(value, bool):
-        return value
-    if wanted is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    if wanted is str and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return ",".join(value)
-    if wanted in (int, float) and isinstance(value, (int, float, str)) and value is not True:
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if number == number and (wanted is float or number == int(number)):
-            return wanted(number)
-    names = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
-    raise TrainError(f"{key} is {value!r}; expected {names[wanted]}.")

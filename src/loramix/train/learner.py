@@ -20,7 +20,7 @@ from loramix.linear import matrix_of
 from loramix.lora import Pair
 from loramix.mixed import MixedModel
 from loramix.stacked import Bound
-from loramix.train.batches import epoch_order
+from loramix.train.batches import epoch_order, file_order
 from loramix.train.config import Settings
 from loramix.train.data import Row
 from loramix.train.start import fresh_pairs
@@ -132,10 +132,15 @@ class Learner:
         settings, rows = self.course.settings, self.course.rows
         epoch, place = divmod(self.step, settings.steps_per_epoch(len(rows)))
         if self._epoch[0] != epoch:
-            lengths = [len(row.ids) for row in rows]
-            order = epoch_order(lengths, settings.batch_size, settings.seed, epoch)
-            self._epoch = epoch, order
+            self._epoch = epoch, self._order(epoch)
         return [rows[i] for i in self._epoch[1][place]]
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        settings, rows = self.course.settings, self.course.rows
+        if not settings.shuffled:
+            return file_order(len(rows), settings.batch_size)
+        lengths = [len(row.ids) for row in rows]
+        return epoch_order(lengths, settings.batch_size, settings.seed, epoch)
 
     def advance(self) -> tuple[float, float]:
         """One optimizer step with the gradient that has come together: its norm, and the rate."""

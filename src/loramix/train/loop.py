@@ -101,7 +101,7 @@ class _Pass:
     def learn(self) -> None:
         self.micro_tokens = self.run.micro_tokens
         checkpoints = Checkpoints.of(self.run, self.base, self.learners)
-        self.round = checkpoints.restore() if checkpoints else 0
+        self.round = checkpoints.restore(self.run.resume_from) if checkpoints else 0
         while living := [learner for learner in self.learners if not learner.is_done]:
             due = self._round(living)
             self.round += 1

@@ -24,27 +24,10 @@ from loramix.mix import check_name, slug
 from loramix.train.config import Run, Settings
 from loramix.train.data import Learned
 from loramix.train.dataset import MAX_BAD
+from loramix.train.interleave import Mixing
 from loramix.train.keys import check_keys
 from loramix.train.online import is_hub_source
 from loramix.train.presets import told, with_preset
-
-SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "inverse_sqrt": "inverse_sqrt",
-}
-OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "adamw_8bit": "adamw8bit",
-    "adamw_bnb_8bit": "adamw8bit",
-    "sgd": "sgd",
-}
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "auto": "auto"}
-BITS = {None: "none", 8: "int8", 4: "nf4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +38,7 @@ class Source:
     hub: str = ""  # owner/name, or owner/name@revision
     names: tuple[str, ...] = ()
     folder: Path = Path("data")
+    mixing: Mixing = field(default_factory=Mixing)  # of several names
 
     def __str__(self) -> str:
         return str(self.file) if self.file else self.hub or ",".join(self.names)
@@ -86,6 +70,7 @@ class Plan:
     dtype: str = "auto"
     quantize: str = "none"  # the base
     overwrite: bool = False
+    resume: bool | None = None  # True: there must be a checkpoint; False: begin anew all the same
     fit_router: bool = True
     learned: Learned = "answers"
     truncate: bool = True
@@ -95,8 +80,16 @@ class Plan:
     log_every: int = 10  # steps
     plot: bool = False
     board: Path | None = None  # where TensorBoard's events go
+    tf32: bool | None = None  # matrix products of a GPU with ten bits; None: as torch is set
     processes: int = 1  # begun on this machine; more may be begun by a launcher
     notes: tuple[str, ...] = ()
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether checkpoints that lie in its folder are of no use."""
+        return self.resume is False or (
+            self.overwrite and self.resume is None and self.run.resume_from is None
+        )
 
 
 def read_plan(file: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -148,6 +141,9 @@ def plan(values: Mapping[str, Any]) -> Plan:
     board = _board(common, output)
     if board is None and "logging_dir" in common:
         notes.append("logging_dir is passed over: report_to does not name tensorboard.")
+    if common.get("streaming"):
+        notes.append(_streamed(experts))
+    resume = common.get("resume_from_checkpoint")
     return Plan(
         base=common["model_name_or_path"],
         experts=tuple(experts),
@@ -156,8 +152,9 @@ def plan(values: Mapping[str, Any]) -> Plan:
         library=Path(common["library"]) if "library" in common else None,
         revision=common.get("model_revision"),
         dtype=_dtype(common),
-        quantize=_quantize(common),
+        quantize=common.get("quantization_bit", "none"),
         overwrite=common.get("overwrite_output_dir", False),
+        resume=resume if isinstance(resume, bool) else None,
         fit_router=common.get("fit_router", True),
         learned=_learned(common),
         template=_template(common),
@@ -166,9 +163,19 @@ def plan(values: Mapping[str, Any]) -> Plan:
         log_every=max(1, round(common.get("logging_steps", 10))),
         plot=common.get("plot_loss", False),
         board=board,
+        tf32=common.get("tf32"),
         processes=common.get("processes", 1),
         notes=tuple(notes),
     )
+
+
+def _streamed(experts: Sequence[ExpertPlan]) -> str:
+    """What is said of rows that are to be streamed. TrainError if nothing says when to end."""
+    if endless := [expert.name for expert in experts if expert.settings.max_steps is None]:
+        raise TrainError(
+            f"streaming: rows without an end need max_steps, which {', '.join(endless)} lacks."
+        )
+    return "streaming is passed over: rows are read whole, so that they can be checked."
 
 
 def _own(name: Any, own: Any) -> dict[str, Any]:
@@ -200,12 +207,24 @@ def _source(values: Mapping[str, Any], file: str, names: str) -> Source | None:
     if names not in values:
         return None
     listed = tuple(name.strip() for name in values[names].split(",") if name.strip())
-    return Source(names=listed, folder=Path(values.get("dataset_dir", "data")))
+    return Source(
+        names=listed, folder=Path(values.get("dataset_dir", "data")), mixing=_mixing(values)
+    )
+
+
+def _mixing(values: Mapping[str, Any]) -> Mixing:
+    given = values.get("interleave_probs")
+    try:
+        shares = tuple(float(part) for part in given.split(",")) if given else ()
+    except ValueError as error:
+        raise TrainError(f"interleave_probs is {given!r}; expected 0.7,0.3 or the like.") from error
+    return Mixing(values.get("mix_strategy", "concat"), shares, values.get("seed", 42))
 
 
 def _settings(values: Mapping[str, Any]) -> Settings:
     get = values.get
     rank = get("lora_rank", 8)
+    schedule = get("lr_scheduler_type", "linear")
     warmup = get("warmup_steps", 0.0) or get("warmup_ratio", 0.0)
     steps = get("max_steps", -1)
     return Settings(
@@ -217,12 +236,14 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         start=_start(values),
         rate=get("learning_rate", 5e-5),
         b_ratio=get("loraplus_lr_ratio", 1.0),
-        schedule=_one_of("lr_scheduler_type", get("lr_scheduler_type", "linear"), SCHEDULES),
-        warmup=warmup,
+        schedule="constant" if schedule == "constant_with_warmup" else schedule,
+        schedule_options=get("lr_scheduler_kwargs", {}),
+        warmup=0.0 if schedule == "constant" else warmup,
         epochs=get("num_train_epochs", 3.0),
         max_steps=steps if steps > 0 else None,
         batch_size=get("per_device_train_batch_size", 8) * get("gradient_accumulation_steps", 1),
-        optimizer=_one_of("optim", get("optim", "adamw_torch"), OPTIMIZERS),
+        shuffled=not get("disable_shuffling", False),
+        optimizer=get("optim", "adamw"),
         betas=(get("adam_beta1", 0.9), get("adam_beta2", 0.999)),
         weight_decay=get("weight_decay", 0.0),
         max_norm=get("max_grad_norm", 1.0) or math.inf,
@@ -239,19 +260,24 @@ def _settings(values: Mapping[str, Any]) -> Settings:
 def _start(values: Mapping[str, Any]) -> str:
     if values.get("pissa_init") and values.get("olora_init"):
         raise TrainError("pissa_init and olora_init are both set; drop one of them.")
-    return next((s for s in ("pissa", "olora") if values.get(f"{s}_init")), "default")
+    start = next((s for s in ("pissa", "olora") if values.get(f"{s}_init")), "default")
+    if values.get("use_dora") and start != "default":
+        raise TrainError(f"use_dora and {start}_init are both set; drop one of them.")
+    return start
 
 
 def _every(values: Mapping[str, Any]) -> int | None:
-    strategy = _one_of("eval_strategy", values.get("eval_strategy", "epoch"), _STRATEGIES)
-    if strategy != "steps":
+    if values.get("eval_strategy") != "steps":
         return None
     steps = values.get("eval_steps", values.get("logging_steps", 500))
     return _whole("eval_steps", steps)
 
 
 def _run(values: Mapping[str, Any], output: Path, num_experts: int) -> Run:
-    strategy = _one_of("save_strategy", values.get("save_strategy", "steps"), _STRATEGIES)
+    strategy = values.get("save_strategy", "steps")
+    resume = values.get("resume_from_checkpoint")
+    if resume and strategy == "no":
+        raise TrainError("resume_from_checkpoint needs checkpoints; drop save_strategy: no.")
     every = _whole("save_steps", values.get("save_steps", 500)) if strategy == "steps" else None
     recompute = values.get("gradient_checkpointing")
     if recompute is None:  # computed again by default, as in LLaMA-Factory
@@ -261,6 +287,7 @@ def _run(values: Mapping[str, Any], output: Path, num_experts: int) -> Run:
         checkpointing=recompute,
         packing=values.get("packing", False) or values.get("neat_packing", False),
         folder=None if strategy == "no" else output,
+        resume_from=Path(resume) if isinstance(resume, str) else None,
         save_every=every,
         keep=values.get("save_total_limit", 2),
     )
@@ -269,14 +296,7 @@ def _run(values: Mapping[str, Any], output: Path, num_experts: int) -> Run:
 def _dtype(values: Mapping[str, Any]) -> str:
     if values.get("bf16") or values.get("pure_bf16"):
         return "bfloat16"
-    return _one_of("infer_dtype", values.get("infer_dtype", "auto"), DTYPES)
-
-
-def _quantize(values: Mapping[str, Any]) -> str:
-    bits = values.get("quantization_bit")
-    if bits not in BITS:
-        raise TrainError(f"quantization_bit is {bits}; expected 8 or 4, or no such key.")
-    return BITS[bits]
+    return str(values.get("infer_dtype", "auto"))
 
 
 def _learned(values: Mapping[str, Any]) -> Learned:
@@ -288,25 +308,15 @@ def _learned(values: Mapping[str, Any]) -> Learned:
 
 
 def _template(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: values[k] for k in ("enable_thinking",) if k in values}
+    return {k: values[k] for k in ("enable_thinking", "preserve_thinking") if k in values}
 
 
 def _board(values: Mapping[str, Any], output: Path) -> Path | None:
-    asked = _one_of("report_to", values.get("report_to", "none"), _REPORTS)
-    return Path(values.get("logging_dir", output / "runs")) if asked == "tensorboard" else None
-
-
-def _one_of(key: str, value: str, known: Mapping[str, str]) -> str:
-    if value not in known:
-        raise TrainError(f"{key} is {value!r}; expected {', '.join(known)}.")
-    return known[value]
+    asked = values.get("report_to") == "tensorboard"
+    return Path(values.get("logging_dir", output / "runs")) if asked else None
 
 
 def _whole(key: str, value: float) -> int:
     if value < 1 or value != int(value):
         raise TrainError(f"{key} is {value:g}; expected a whole number of steps.")
     return int(value)
-
-
-_REPORTS = {"none": "none", "tensorboard": "tensorboard"}
-_STRATEGIES = {"no": "no", "steps": "steps", "epoch": "epoch"}
