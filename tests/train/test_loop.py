@@ -15,7 +15,7 @@ from loramix.train.batches import collate
 from loramix.train.config import Run, Settings
 from loramix.train.forward import losses, rounded_products
 from loramix.train.learner import Course, Learner
-from loramix.train.loop import gradients, train, validation_loss
+from loramix.train.loop import gradients, train, validated
 from loramix.train.start import fresh_pairs
 from tests.tiny import ARCHITECTURES, tiny_base
 from tests.train.small import COLOURS, SETTINGS, SOUNDS, course
@@ -76,7 +76,7 @@ def test_a_fresh_expert_is_the_base_and_a_finished_one_is_served_as_it_was_learn
     one = course(base, "x", settings=settings)
     bare = served_loss(base, Adapter("x", {}, "", Card("x")), one.validation)
     mixed = MixedModel(base.model)
-    assert validation_loss(mixed, Learner(one, mixed), Run()) == pytest.approx(bare, rel=1e-5)
+    assert validated(mixed, Learner(one, mixed), Run()).loss == pytest.approx(bare, rel=1e-5)
     mixed.release()
     (expert,) = train(base, [one], report=seen.append)
     best = min(p.validation for p in seen if p.validation is not None)
@@ -170,6 +170,24 @@ def test_ten_bits_are_for_gpus_that_have_them():
         rounded_products(torch.device("cpu"), wanted=True).__enter__()
 
 
+def test_accuracy_is_the_mean_of_the_rows_shares_of_likeliest_tokens_and_may_decide():
+    base, seen = tiny_base(), []
+    one = course(base, "x", settings=change(rate=3e-2, epochs=12, best_by="accuracy"))
+    (expert,) = train(base, [one], report=seen.append)
+    found = [p.accuracy for p in seen if p.accuracy is not None]
+    assert found[0] < max(found)
+    mixed = MixedModel(base.model)
+    mixed.bind(expert)
+    shares = []
+    with torch.no_grad(), mixed.active.using(Gates((expert.name,), torch.ones(1, 1, 1))):
+        for row in one.validation:
+            chosen = base.model(torch.tensor([row.ids])).logits[0].argmax(1).tolist()
+            hits = [chosen[t - 1] == row.ids[t] for a, b in row.learned for t in range(a, b)]
+            shares.append(sum(hits) / len(hits))
+    mixed.release()
+    assert sum(shares) / len(shares) == pytest.approx(max(found))
+
+
 def test_dropout_hangs_on_the_seed_alone():
     settings = change(dropout=0.4)
     first, again = [], []
@@ -185,7 +203,7 @@ def test_dropout_changes_gradients_and_no_figure():
         base = tiny_base()
         mixed = MixedModel(base.model)
         learner = shaken(Learner(course(base, "x", settings=change(dropout=dropout)), mixed))
-        loss = validation_loss(mixed, learner, Run())
+        loss = validated(mixed, learner, Run()).loss
         gradients(mixed, [learner], [learner.rows()], Run())
         mixed.release()
         return loss, [weight.grad for weight in learner.weights.values()]

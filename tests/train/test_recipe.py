@@ -100,7 +100,9 @@ def test_no_key_of_the_list_is_unknown(key):
         ({"peft_config": {}}, "USE_V1"),
         ({"stage": "dpo"}, "stage: dpo is refused: only supervised fine-tuning is supported"),
         ({"finetuning_type": "full"}, "only LoRA experts can be mixed"),
-        ({"fp16": True}, "use bf16 or float32"),
+        ({"fp16": True, "bf16": True}, "bf16 and fp16 are both set; drop one of them"),
+        ({"metric_for_best_model": "rouge"}, "expected loss, eval_loss, accuracy, eval_accuracy"),
+        ({"greater_is_better": True}, "greater_is_better is True for the loss; drop that key"),
         ({"export_dir": "merged"}, "use `loramix merge`"),
         ({"quantization_bit": 3}, "quantization_bit is 3; expected 8, 4"),
         ({"quantization_type": "fp4"}, "4 bits are those of QLoRA, nf4"),
@@ -208,6 +210,13 @@ def test_what_has_no_meaning_here_is_told():
     assert all("is passed over: " in note for note in notes)
     (note,) = plan({**LEAST, "streaming": True, "max_steps": 9}).notes
     assert "rows are read whole" in note
+
+
+def test_precision_and_what_is_best():
+    dtypes = [plan({**LEAST, key: True}).dtype for key in ("fp16", "bf16", "pure_bf16")]
+    assert dtypes == ["float16", "bfloat16", "bfloat16"]
+    found = plan({**LEAST, "metric_for_best_model": "eval_accuracy", "greater_is_better": True})
+    assert found.experts[0].settings.best_by == "accuracy"
 
 
 def test_every_refusal_and_note_has_a_reason():

@@ -321,7 +321,9 @@ def _bars() -> Iterator[Any]:
 
 def _line(progress: Progress) -> None:
     if progress.validation is not None or progress.step == progress.num_steps:
-        held = "" if progress.validation is None else f", validation {progress.validation:.4f}"
+        held = ""
+        if progress.validation is not None and progress.accuracy is not None:
+            held = f", validation {progress.validation:.4f} ({progress.accuracy:.1%} of tokens)"
         typer.echo(
             f"{progress.name} {progress.step}/{progress.num_steps}: loss {progress.loss:.4f}{held},"
             f" {progress.tokens_per_s:,.0f} tokens/s",

@@ -37,6 +37,8 @@ class Board:
         told = {}
         if progress.validation is not None:
             told["eval/loss"] = progress.validation
+        if progress.accuracy is not None:
+            told["eval/accuracy"] = progress.accuracy
         if progress.step == progress.num_steps or progress.step % self.every == 0:
             told |= {
                 "train/loss": progress.loss,

@@ -27,7 +27,9 @@ from loramix.errors import TrainError
 from loramix.formats.aside import aside
 from loramix.train.config import Run
 from loramix.train.learner import Course, Learner, rows_digest
+from loramix.train.scaling import LossScale
 
+NUMBERS = ("step", "lowest", "misses")  # of a learner
 TENSORS, STATE = "state.safetensors", "state.json"
 
 
@@ -116,7 +118,8 @@ def _settings(course: Course) -> dict[str, Any]:
 
 
 def _numbers(learner: Learner) -> dict[str, Any]:
-    return {"step": learner.step, "best_loss": learner.best_loss, "misses": learner.misses}
+    told = {name: getattr(learner, name) for name in NUMBERS}
+    return told | {"scale": asdict(learner.scale)}
 
 
 def _tensors(learner: Learner) -> dict[str, Tensor]:
@@ -135,8 +138,9 @@ def _tensors(learner: Learner) -> dict[str, Tensor]:
 
 def _load(learner: Learner, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     device = learner.mixed.model.device
-    learner.step, learner.misses = numbers["step"], numbers["misses"]
-    learner.best_loss = float(numbers["best_loss"])
+    for name in NUMBERS:
+        setattr(learner, name, numbers[name])
+    learner.scale = LossScale(**numbers["scale"])
     learner.best = {n: t.to(device) for n, t in _under("best.", tensors).items()}
     for name, value in _under("weight.", tensors).items():
         learner.weights[name].data.copy_(value)

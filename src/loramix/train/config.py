@@ -14,6 +14,9 @@ from loramix.train.schedule import OPTIONS, Place, check_schedule, share
 
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 STARTS = ("default", "pissa", "olora")
+MEASURES = ("loss", "accuracy")
+
+CHOICES = {"schedule": OPTIONS, "optimizer": OPTIMIZERS, "start": STARTS, "best_by": MEASURES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class Settings:
     noise: float = 0.0  # NEFTune's alpha: in the embeddings, while learning
     validate_every: int | None = None  # steps; None: once an epoch
     patience: int | None = None  # validations without a better one, after which it stops
-    keep_best: bool = True  # the state with the lowest validation loss, not the last one
+    keep_best: bool = True  # the state that validates best, not the last one
+    best_by: str = "loss"  # or accuracy, of single tokens
     max_length: int = 1024  # tokens of a row
     seed: int = 0
 
@@ -64,7 +68,7 @@ class Settings:
                 raise TrainError(f"{name} is {getattr(self, name)}; expected at least 0.")
         if not 0 <= self.dropout < 1:
             raise TrainError(f"dropout is {self.dropout}; expected 0 to below 1.")
-        for name, known in (("schedule", OPTIONS), ("optimizer", OPTIMIZERS), ("start", STARTS)):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise TrainError(f"{name} is {getattr(self, name)!r}; expected {', '.join(known)}.")
         if self.dora and self.start != "default":

@@ -57,6 +57,7 @@ class Feed:
             num_steps=at.num_steps,
             loss=at.loss,
             validation=_finite(at.validation),
+            accuracy=at.accuracy,
             rate=at.rate,
             norm=_finite(at.norm),
             epoch=round(at.epoch, 4),

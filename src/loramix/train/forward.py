@@ -46,6 +46,23 @@ def losses(mixed: MixedModel, batch: Batch, *, bf16: bool = False) -> list[Tenso
     Under gates that are active, and for as long as its gradient is to be taken: layers whose
     activations are computed anew need the gates then too.
     """
+    logits, labels, lines = _predicted(mixed, batch, bf16=bf16)
+    each = F.cross_entropy(logits.float(), labels, reduction="none")
+    stops = list(accumulate(batch.counts, initial=0))
+    tokens = [sum(lines[a:b]) for a, b in pairwise(stops)]
+    return [part.sum() for part in each.split_with_sizes(tokens)]
+
+
+def known(mixed: MixedModel, batch: Batch, *, bf16: bool = False) -> tuple[float, float]:
+    """The cross-entropy of all learned tokens, and the lines' shares of first choices, summed."""
+    logits, labels, lines = _predicted(mixed, batch, bf16=bf16)
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    hits = (logits.argmax(1) == labels).double()
+    return loss.item(), sum(part.mean().item() for part in hits.split_with_sizes(lines))
+
+
+def _predicted(mixed: MixedModel, batch: Batch, *, bf16: bool) -> tuple[Tensor, Tensor, list[int]]:
+    """Logits [L, V] and labels [L] of the learned tokens, and how many of them each line has."""
     device = mixed.model.device
     labels = batch.labels.to(device)
     learned = labels != IGNORED
@@ -58,11 +75,7 @@ def losses(mixed: MixedModel, batch: Batch, *, bf16: bool = False) -> list[Tenso
             position_ids=batch.positions.to(device),
             use_cache=False,
         ).logits
-    each = F.cross_entropy(logits.float(), labels[learned], reduction="none")
-    lines = [int(count) for count in learned.sum(1)]
-    stops = list(accumulate(batch.counts, initial=0))
-    tokens = [sum(lines[a:b]) for a, b in pairwise(stops)]
-    return [part.sum() for part in each.split_with_sizes(tokens)]
+    return logits, labels[learned], learned.sum(1).tolist()
 
 
 def judged_batches(model: PreTrainedModel, rows: Sequence[Row]) -> list[Batch]:

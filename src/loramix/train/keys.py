@@ -33,7 +33,13 @@ OPTIMIZERS: Choice = {
 }
 MIXES: Choice = {name: name for name in MIXED}
 REPORTS: Choice = {"none": "none", "tensorboard": "tensorboard"}
-DTYPES: Choice = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16"}
+METRICS: Choice = {
+    "loss": "loss",
+    "eval_loss": "loss",
+    "accuracy": "accuracy",
+    "eval_accuracy": "accuracy",
+}
+DTYPES: Choice = {name: name for name in ("auto", "float32", "bfloat16", "float16")}
 BITS: Choice = {8: "int8", 4: "nf4"}
 
 # of one expert: each may also stand under `experts: {name: ...}`
@@ -76,6 +82,8 @@ OF_EXPERT: dict[str, Kind] = {
     "eval_strategy": STRATEGIES,
     "eval_steps": POSITIVE,
     "load_best_model_at_end": bool,
+    "metric_for_best_model": METRICS,
+    "greater_is_better": bool,
     "early_stopping_steps": COUNT,
     "seed": int,
 }
@@ -101,6 +109,7 @@ OF_RUN: dict[str, Kind] = {
     "max_bad_rows": AMOUNT,
     "bf16": bool,
     "pure_bf16": bool,
+    "fp16": bool,
     "tf32": bool,
     "infer_dtype": DTYPES,
     "quantization_bit": BITS,
@@ -136,7 +145,7 @@ PASSED_OVER = {
     "tokenized_path": "nothing is cached",
     "ddp_timeout": "torch's own setting holds",
     "include_num_input_tokens_seen": "tokens a second are always told",
-    "compute_accuracy": "the loss is what is measured",
+    "compute_accuracy": "accuracy is told with every validation",
     "use_unsloth": "the experts of a run share one pass instead",
     "use_swanlab": "progress goes to trainer_log.jsonl, or to report_to: tensorboard",
     "buffer_size": "rows are read whole and shuffled all together",
@@ -177,9 +186,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_type": (("nf4", None), "4 bits are those of QLoRA, nf4"),
     "double_quantization": ((True, None), "4 bits are those of QLoRA, whose scales are rounded"),
     "rope_scaling": ((None,), "it would change the base"),
-    "fp16": ((False, None), "its gradients vanish without care; use bf16 or float32"),
-    "metric_for_best_model": (("loss", "eval_loss", None), "the validation loss decides"),
-    "greater_is_better": ((False, None), "the validation loss decides"),
     "export_dir": ((None,), "this file merges; use `loramix merge`"),
     "use_galore": ((False, None), "experts are LoRA"),
     "use_apollo": ((False, None), "experts are LoRA"),

@@ -23,7 +23,19 @@ from loramix.stacked import Bound
 from loramix.train.batches import epoch_order, file_order
 from loramix.train.config import Settings
 from loramix.train.data import Row
+from loramix.train.scaling import LossScale
 from loramix.train.start import fresh_pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """How well rows are known: nats a learned token, and the share of those that come first.
+
+    The share is the mean of the rows' own, as LLaMA-Factory has it.
+    """
+
+    loss: float
+    accuracy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +113,8 @@ class Learner:
         self.optimizer = self._optimizer()
         self.num_steps = settings.num_steps(len(course.rows))
         self.step = 0
-        self.best_loss, self.misses = math.inf, 0
+        self.lowest, self.misses = math.inf, 0  # score so far, and validations since
+        self.scale = LossScale.of(mixed.model.dtype)
         self.best: dict[str, Tensor] = {}
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         mixed.bind(Adapter(self.name, self.start, "in training", course.card))
@@ -145,6 +158,7 @@ class Learner:
     def advance(self) -> tuple[float, float]:
         """One optimizer step with the gradient that has come together: its norm, and the rate."""
         settings = self.course.settings
+        self.scale.undo(self.weights.values())
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), settings.max_norm))
         if not math.isfinite(norm):
             raise TrainError(
@@ -159,6 +173,13 @@ class Learner:
         self.step += 1
         return norm, rate
 
+    def gradient_is_lost(self) -> bool:
+        """Whether 16 bits could not hold its gradient: it is forgotten, to be taken anew."""
+        lost = self.scale.lowered(self.weights.values())
+        if lost:
+            self.optimizer.zero_grad()
+        return lost
+
     @property
     def is_due(self) -> bool:
         """Whether it is to be validated, and kept, after the step it just made."""
@@ -166,10 +187,12 @@ class Learner:
         every = settings.validate_every or settings.steps_per_epoch(len(self.course.rows))
         return self.step % every == 0 or self.step == self.num_steps
 
-    def judged(self, loss: float) -> None:
-        """Remember the state if no earlier one had a lower validation loss."""
-        if loss < self.best_loss:
-            self.best_loss, self.misses = loss, 0
+    def judged(self, found: Judgement) -> None:
+        """Remember the state if no earlier one was better on the validation rows."""
+        by_loss = self.course.settings.best_by == "loss"
+        score = found.loss if by_loss else -found.accuracy
+        if score < self.lowest:
+            self.lowest, self.misses = score, 0
             if self.course.settings.keep_best:
                 self.best = {n: w.detach().clone() for n, w in self.weights.items()}
         else:

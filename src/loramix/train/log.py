@@ -28,7 +28,8 @@ class TrainerLog:
             self._forget(progress.name, progress.step)
         last = progress.step == progress.num_steps
         if progress.validation is not None:
-            self._write(progress, eval_loss=progress.validation)
+            judged = {"eval_loss": progress.validation, "eval_accuracy": progress.accuracy}
+            self._write(progress, **{key: v for key, v in judged.items() if v is not None})
         if last or progress.step % self.every == 0:
             self._write(progress, loss=progress.loss, lr=progress.rate, grad_norm=progress.norm)
 

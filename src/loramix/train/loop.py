@@ -27,8 +27,15 @@ from loramix.train.batches import Batch, micro_batches
 from loramix.train.checkpoint import Checkpoints
 from loramix.train.config import Run
 from loramix.train.data import Row, total_learned
-from loramix.train.forward import check_packing, gates, judged_batches, losses, recomputed
-from loramix.train.learner import Course, Learner
+from loramix.train.forward import (
+    check_packing,
+    gates,
+    judged_batches,
+    known,
+    losses,
+    recomputed,
+)
+from loramix.train.learner import Course, Judgement, Learner
 from loramix.train.memory import LEVERS
 from loramix.train.noise import disturbed
 from loramix.train.processes import Processes
@@ -49,6 +56,7 @@ class Progress:
     epoch: float
     tokens_per_s: float  # of all experts together
     validation: float | None = None  # nats per learned token, when just measured
+    accuracy: float | None = None  # and the share of those tokens that were the likeliest
 
 
 class Stopped(TrainError):
@@ -122,7 +130,7 @@ class _Pass:
         # of dropout: a run that is taken up again draws the same, other processes draw others
         torch.manual_seed(self.round + (self.run.processes.number << 32))
         steps = [learner.rows() for learner in living]
-        means = self._gradients(living, steps)
+        means = self._finite(living, steps)
         self.tokens += sum(len(row.ids) for step in steps for row in step)
         due = False
         for learner, loss in zip(living, means, strict=True):
@@ -130,11 +138,20 @@ class _Pass:
             progress = self._progress(learner, loss, norm, rate)
             due |= learner.is_due
             if learner.is_due and learner.course.validation:
-                measured = validation_loss(self.mixed, learner, self.run)
-                learner.judged(measured)
-                progress = replace(progress, validation=measured)
+                found = validated(self.mixed, learner, self.run)
+                learner.judged(found)
+                progress = replace(progress, validation=found.loss, accuracy=found.accuracy)
             self.report(progress)
         return due
+
+    def _finite(self, living: Sequence[Learner], steps: Sequence[Sequence[Row]]) -> Sequence[float]:
+        """The mean losses; gradients that 16 bits could not hold are taken anew, scaled less."""
+        means = list(self._gradients(living, steps))
+        while lost := [k for k, learner in enumerate(living) if learner.gradient_is_lost()]:
+            again = self._gradients([living[k] for k in lost], [steps[k] for k in lost])
+            for k, mean in zip(lost, again, strict=True):
+                means[k] = mean
+        return means
 
     def _gradients(
         self, living: Sequence[Learner], steps: Sequence[Sequence[Row]]
@@ -198,7 +215,7 @@ def gradients(
         if not math.isfinite(mean):
             raise TrainError(
                 f"The loss of {learner.name!r} became {mean} at step {learner.step + 1}; lower the "
-                f"learning rate."
+                f"learning rate{', or take bf16' if learner.scale.value > 1 else ''}."
             )
     return means
 
@@ -221,10 +238,11 @@ def _backward(
     active = mixed.active.using(*gates(learners, batch.counts, learning=True))
     saving = recomputed(mixed.model) if run.checkpointing else nullcontext()
     with disturbed(mixed.model, learners, batch), saving, active:
-        return _summed(mixed, batch, counts, run)
+        over = [count / one.scale.value for one, count in zip(learners, counts, strict=True)]
+        return _summed(mixed, batch, over, run)
 
 
-def _summed(mixed: MixedModel, batch: Batch, counts: Sequence[int], run: Run) -> list[float]:
+def _summed(mixed: MixedModel, batch: Batch, counts: Sequence[float], run: Run) -> list[float]:
     parts = losses(mixed, batch, bf16=run.bf16)
     here = [
         part / count for part, count, rows in zip(parts, counts, batch.counts, strict=True) if rows
@@ -234,13 +252,15 @@ def _summed(mixed: MixedModel, batch: Batch, counts: Sequence[int], run: Run) ->
 
 
 @torch.no_grad()
-def validation_loss(mixed: MixedModel, learner: Learner, run: Run) -> float:
-    """Nats per learned token over the validation rows of a course, a part in each process."""
+def validated(mixed: MixedModel, learner: Learner, run: Run) -> Judgement:
+    """How well a course's validation rows are known, a part of them judged in each process."""
     rows = learner.course.validation
     if learner.is_remade:
         learner.bind()
-    total = 0.0
+    loss = accuracy = 0.0
     for batch in judged_batches(mixed.model, run.processes.part(rows)):
         with mixed.active.using(*gates([learner], batch.counts, learning=False)):
-            total += losses(mixed, batch, bf16=run.bf16)[0].item()
-    return run.processes.totals([total])[0] / total_learned(rows)
+            parts = known(mixed, batch, bf16=run.bf16)
+        loss, accuracy = loss + parts[0], accuracy + parts[1]
+    loss, accuracy = run.processes.totals([loss, accuracy])
+    return Judgement(loss / total_learned(rows), accuracy / len(rows))

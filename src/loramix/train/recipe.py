@@ -252,6 +252,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         validate_every=_every(values),
         patience=get("early_stopping_steps"),
         keep_best=get("load_best_model_at_end", False),
+        best_by=_best_by(values),
         max_length=get("cutoff_len", 2048),
         seed=get("seed", 42),
     )
@@ -264,6 +265,14 @@ def _start(values: Mapping[str, Any]) -> str:
     if values.get("use_dora") and start != "default":
         raise TrainError(f"use_dora and {start}_init are both set; drop one of them.")
     return start
+
+
+def _best_by(values: Mapping[str, Any]) -> str:
+    metric = str(values.get("metric_for_best_model", "loss"))
+    greater = values.get("greater_is_better", metric == "accuracy")
+    if greater != (metric == "accuracy"):
+        raise TrainError(f"greater_is_better is {greater} for the {metric}; drop that key.")
+    return metric
 
 
 def _every(values: Mapping[str, Any]) -> int | None:
@@ -294,8 +303,11 @@ def _run(values: Mapping[str, Any], output: Path, num_experts: int) -> Run:
 
 
 def _dtype(values: Mapping[str, Any]) -> str:
-    if values.get("bf16") or values.get("pure_bf16"):
-        return "bfloat16"
+    halves = [key for key in ("bf16", "pure_bf16", "fp16") if values.get(key)]
+    if "fp16" in halves and len(halves) > 1:
+        raise TrainError(f"{halves[0]} and fp16 are both set; drop one of them.")
+    if halves:
+        return "float16" if halves == ["fp16"] else "bfloat16"
     return str(values.get("infer_dtype", "auto"))
 
 
