@@ -23,10 +23,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import material
 import torch
 from gguf import GGMLQuantizationType
+from hot import Told, stalls
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from loramix.adapter import Adapter
@@ -250,43 +251,6 @@ def memory(tiles: bool | None) -> dict[str, float]:
     return {"peak": peak, "base": base_bytes, "kv": KV_BYTES, "adapters": sizes}
 
 
-def hot_adds(ours: LocalEngine, spare: Sequence[Adapter]) -> tuple[float, float, float]:
-    """Adds while eight requests decode, and how much longer the steps take meanwhile.
-
-    Steps until an adapter is usable; then, over the median step: the slowest of all, and the median
-    of those in which one was added. Steps are told apart by the pre-hook of the first layer.
-    Without adapters to add, the same number of steps.
-    """
-    times = 20
-    starts: list[float] = []
-    layer = ours.base.model.model.layers[0]
-    hook = layer.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
-    answer = Ours(ours).under(two_each(BATCH))
-    thread = threading.Thread(target=answer, args=(prompts(BATCH, SHORT, 5), 20 + 5 * times))
-    thread.start()
-    while len(starts) < 14:  # until the layers suit the batch
-        time.sleep(0.01)
-    quiet = len(starts)
-    waits, during = [0], []
-    for number in range(times):
-        before = len(starts)
-        if spare:
-            ours.add(spare[number])
-        waits.append(len(starts) - before)
-        during.append(before - 1)
-        while len(starts) < before + 4:
-            time.sleep(0.005)
-    end = len(starts)
-    thread.join()
-    hook.remove()
-    for adapter in spare:
-        ours.remove(adapter.name)
-    gaps = [b - a for a, b in pairwise(starts)]
-    usual = median(gaps[quiet : end - 1])
-    with_it = median(gaps[number] for number in during)
-    return float(max(waits)), max(gaps[quiet : end - 1]) / usual, with_it / usual
-
-
 def measure(
     table: Table, rounds: int, folder: Path, native: Path | None, tiles: bool | None
 ) -> float:
@@ -301,10 +265,14 @@ def measure(
     material.write_gguf(model, plain, GGMLQuantizationType.BF16)
     material.write_gguf(model, eight_bits, GGMLQuantizationType.Q8_0)
     files = [folder / f"a{n}.gguf" for n in range(BATCH)]
+    library = Told(folder / "library")
+    new = [adapter.name for adapter in adapters[BATCH : BATCH + 20]]
+    for adapter in adapters[BATCH : BATCH + 20]:
+        library.put(adapter)
 
     peer_models = [material.same_weights(model) for _ in range(3)]  # before ours wraps its layers
     engine = LocalEngine(
-        material.base_of(model), adapters[:BATCH], reuse=False, max_batch=32, tiles=tiles
+        material.base_of(model), adapters[:BATCH], library, reuse=False, max_batch=32, tiles=tiles
     )
     print(f"ours: products of few rows by {'the C function' if engine.has_tiles else 'torch'}")
     ours, bare = Ours(engine), [Mix()] * 32
@@ -350,7 +318,7 @@ def measure(
         for name, mixes in (("prefill, 8 mixes", two_each(BATCH)), ("prefill, bare", bare[:BATCH])):
             wall, _ = timed(ours.under(mixes))(burst, 1)
             table.add(name, BATCH * LONG / wall)
-        for count in COUNTS:
+        for count in COUNTS * 2:
             rate, _ = decode_rate(timed(ours.under(two_each(count))), prompts(count, SHORT, 2))
             table.add(f"ours, {count} at once", rate)
         for _ in range(REPEATS):
@@ -360,11 +328,14 @@ def measure(
             table.add("ours, 8 mixes, 64 resident", decode_rate(*ways["ours, 8 mixes"])[0])
             for adapter in adapters[BATCH:]:
                 engine.remove(adapter.name)
-        for name, spare in (("hot add", adapters[BATCH : BATCH + 20]), ("no add", ())) * REPEATS:
-            waits, slowest, typical = hot_adds(engine, spare)
-            table.add(f"{name}, steps until usable", waits)
-            table.add(f"{name}, slowest step / median", slowest)
-            table.add(f"{name}, step with it / median", typical)
+        for name, asked in (("hot add", new), ("no add", [f"a{n % BATCH}" for n in range(20)])) * 2:
+            decode = partial(ours.under(two_each(BATCH)), prompts(BATCH, SHORT, 5))
+            found = stalls(engine, library, decode, asked)
+            table.add(f"{name}, steps until its token", found.most_steps)
+            table.add(f"{name}, slowest step / median", found.slowest)
+            table.add(f"{name}, slowest step at each / median", found.typical)
+            for fresh in new if asked == new else ():
+                engine.remove(fresh)
     limit = byte_limit(base_bytes, adapters[:BATCH], engine)
     engine.close()
     return limit
@@ -445,8 +416,8 @@ def rows(table: Table, limit: float, memory: dict[str, float]) -> list[dict[str,
         "MB",
     )
     row(
-        "hot add, steps until usable, worst of 20",
-        table.median("hot add, steps until usable"),
+        "hot add, steps from file to first token, worst of 20",
+        table.median("hot add, steps until its token"),
         "none",
         2,
         "lower",
@@ -455,8 +426,10 @@ def rows(table: Table, limit: float, memory: dict[str, float]) -> list[dict[str,
     slowest = ", slowest step / median"
     row("hot add, slowest step", table.median("hot add" + slowest), "median step", 1.15, "lower")
     row("no add, slowest step", table.median("no add" + slowest), "median step", None, "lower")
-    typical = table.median("hot add, step with it / median")
-    row("hot add, median of the 20 steps", typical, "median step", None, "lower")
+    each = ", slowest step at each / median"
+    for name in ("hot add", "no add"):
+        work = f"{name}, slowest step at each, median of 20"
+        row(work, table.median(name + each), "median step", None, "lower")
     first = ": first token of 512, s"
     ratio = table.ratio(one + first, "llama.cpp bf16, 1 mix" + first)
     row("time to first token, 512 under 1 mix", ratio, "llama.cpp bf16", None, "lower")

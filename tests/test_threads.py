@@ -1,13 +1,15 @@
 """Small work runs on one thread, and those who compute afterwards have theirs again."""
 
 import contextlib
+import os
+import sys
 import threading
 
 import pytest
 import torch
 
 from loramix.formats import peft
-from loramix.threads import single_threaded
+from loramix.threads import BEHIND, aside, single_threaded
 from tests.tiny import random_adapter, tiny_model
 
 
@@ -59,3 +61,20 @@ def test_an_adapter_is_read_by_one_thread(two_threads, tmp_path, monkeypatch):
     peft.read(tmp_path / "a")
     assert seen == [1]
     assert torch.get_num_threads() == 2
+
+
+def test_what_is_done_aside_has_one_thread_and_its_failure_is_the_callers(two_threads):
+    assert aside(torch.get_num_threads) == 1
+    assert torch.get_num_threads() == 2
+    with pytest.raises(ValueError, match="no number"):
+        aside(lambda: int("no number"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_what_is_done_aside_is_behind_and_the_caller_is_not():
+    def nice():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = nice()
+    assert aside(nice) == min(19, before + BEHIND)
+    assert nice() == before

@@ -14,7 +14,7 @@ from loramix.frozen import FrozenLayers
 from loramix.gates import Gates
 from loramix.mix import Mix
 from loramix.mixed import MixedModel
-from loramix.tiles import MOST_ROWS, Tiler, fits
+from loramix.tiles import MOST_ROWS, Tiler, can_join, fits, joined
 from tests.tiny import random_adapter, tiny_base, tiny_model
 
 BF16 = torch.bfloat16
@@ -229,6 +229,40 @@ def test_a_model_with_tiles_computes_what_it_does_without(architecture, tiler):
             return model(torch.tensor([[5, 17, 31, 200]])).logits.double()
 
     assert off(logits(tiler), logits(None)) < 8 * ROUNDING
+
+
+@needs_tiles
+@pytest.mark.parametrize("ranks", [(16, 32, 16), (4, 6, 2), (16, 3, 16)])
+def test_sets_that_add_up_are_one_set_whether_tiles_hold_them_or_not(tiler, ranks):
+    weights = torch.tensor([[[0.5, 0.5, 0.0, 0.1], [0.0, 1.0, -1.0, 2.0], [0.0, 0.0, 0.0, 0.0]]])
+
+    def logits(tiler, *sets):
+        model = tiny_model().to(BF16)
+        mixed = MixedModel(model, tiler)
+        for n, rank in enumerate(ranks):
+            mixed.bind(random_adapter(model, f"a{n}", seed=n, rank=rank), BF16)
+        mixed.bind(random_adapter(model, "a3", seed=3, dora=True), BF16)
+        gates = [Gates(tuple(f"a{n}" for n in own), weights[..., own], keep=True) for own in sets]
+        with torch.inference_mode(), mixed.active.using(*gates):
+            return model(torch.tensor([[5, 17, 31]])).logits.double()
+
+    wanted = logits(None, [0, 1, 2, 3])
+    for sets in ([[0, 1, 2], [3]], [[0, 2], [1, 3]], [[0, 1], [2], [3]], [[3], [0, 1, 2]]):
+        assert off(logits(tiler, *sets), wanted) < 16 * ROUNDING
+        assert off(logits(None, *sets), wanted) < 16 * ROUNDING
+
+
+@needs_tiles
+@pytest.mark.parametrize(("outputs", "width"), [(16, 32), (40, 6), (3, 2)])
+def test_tiles_are_joined_as_matrices_are(tiler, outputs, width):
+    one, two = drawn(outputs, width), drawn(outputs, 2 * width)
+    several = [tiler.tiles(one), tiler.tiles(two)]
+    assert torch.equal(several[0].matrix(), one)
+    assert torch.equal(joined(several, dim=1).matrix(), torch.cat([one, two], dim=1))
+    below = [tiler.tiles(drawn(outputs, width)) for _ in range(3)]
+    assert can_join(below, dim=0) == (outputs % 16 == 0)
+    if can_join(below, dim=0):
+        assert torch.equal(joined(below, 0).matrix(), torch.cat([t.matrix() for t in below]))
 
 
 @needs_tiles

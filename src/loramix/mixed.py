@@ -16,7 +16,7 @@ and c - 1 is kept as the adapter's `gain`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,6 +32,7 @@ from loramix.gates import ActiveMixes, Gates, Share, like, scale_of, shrunk_by
 from loramix.linear import matrix_of, shape
 from loramix.lora import Pair
 from loramix.quantized import Int8Linear, Nf4Linear
+from loramix.sets import Sets
 from loramix.stacked import Bound, Part, Siblings, bound, stacked
 from loramix.tiles import Tiler, Tiles
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     Layer: TypeAlias = "nn.Linear | Conv1D | FrozenLinear | Int8Linear | Nf4Linear | MixedLinear"
 
 KINDS = (Conv1D, FrozenLinear, Int8Linear, Nf4Linear)  # and nn.Linear, not what derives from it
-MAX_SETS = 4  # sets of adapters whose side-by-side factors are kept, if a step has no more
 
 
 class MixedLinear(nn.Module):
@@ -92,15 +92,15 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, O]
         fused = self._fused(x) if self.active.gates and self.bound else None
-        if fused is not None:
-            return fused
-        y: Tensor = self.base(x)
+        y: Tensor = self.base(x) if fused is None else fused
         if not self.active.gates or not self.bound:
             return y
         if self.active.gates[0].part:
             return y + self._by_part(x, y)
         wx = y.clone() if self._gained else y
         for n, gates in enumerate(self.active.gates):
+            if n == 0 and fused is not None:
+                continue
             share = self.active.share(n, self, x) if gates.keep else self._fresh(gates, x)
             if share is None:
                 continue
@@ -115,10 +115,10 @@ class MixedLinear(nn.Module):
         return y
 
     def _fused(self, x: Tensor) -> Tensor | None:
-        """W x and the update as one product of few rows; None where that cannot be."""
-        gates = self.active.gates[0]
+        """W x and the first gates' update as one product of few rows; None where that cannot be."""
+        gates, *others = self.active.gates
         tiles = self.base.suiting(x) if isinstance(self.base, FrozenLinear) else None
-        if tiles is None or len(self.active.gates) > 1 or gates.span or not gates.keep:
+        if tiles is None or gates.span or not gates.keep or (others and self._gained):
             return None
         share = self.active.share(0, self, x)
         if share is None:
@@ -180,8 +180,7 @@ class MixedModel:
         self.ranks: dict[str, int] = {}  # the largest of each adapter's
         self._bases = linear_layers(model)
         self._shapes = {name: shape(layer) for name, layer in self._bases.items()}
-        self._sets: list[tuple[str, ...]] = []  # used last at the end
-        self._num_used = 0  # of them, since they were tidied
+        self.sets = Sets(lambda: {layer.siblings: None for layer in self.layers.values()})
 
     def check(self, adapter: Adapter) -> None:
         """BaseMismatch, naming the strays, unless every update finds a layer of its shape."""
@@ -198,10 +197,12 @@ class MixedModel:
     def prepared(self, adapter: Adapter, dtype: torch.dtype | None = None) -> dict[str, Bound]:
         """An adapter's updates as the layers apply them. Changes nothing; any thread may call."""
         device = self.model.device
-        return {
+        tiler = self.active.tiler
+        updates = {
             name: bound(pair.to(dtype or pair.a.dtype, device), self._bases[name])
             for name, pair in adapter.pairs.items()
         }
+        return {n: u.tiled(tiler) for n, u in updates.items()} if tiler else updates
 
     def take(self, name: str, digest: str, updates: Mapping[str, Bound]) -> None:
         """Make prepared updates available to gates."""
@@ -209,38 +210,16 @@ class MixedModel:
         for layer, update in updates.items():
             self._wrap(layer).take(name, update)
         self.digests[name] = digest
-        self.ranks[name] = max((update.a.shape[0] for update in updates.values()), default=0)
+        self.ranks[name] = max((update.rank for update in updates.values()), default=0)
 
     def unbind(self, name: str, *, missing_ok: bool = False) -> None:
         if name not in self.digests and not missing_ok:
             raise UnknownAdapter(name, self.digests)
         for layer in self.layers.values():
             layer.unbind(name)
-        self._sets = [names for names in self._sets if name not in names]
+        self.sets.forget(name)
         self.digests.pop(name, None)
         self.ranks.pop(name, None)
-
-    def together(self, names: Iterable[str], spare: float = 0.5) -> tuple[str, ...]:
-        """A set of adapters to keep side by side that has these: one in use, if little larger.
-
-        Copying the factors of a set costs about a step, reading one that is not needed a percent of
-        one: up to `spare` more than these are taken into the bargain.
-        """
-        wanted = set(names)
-        most = len(wanted) * (1 + spare)
-        fit = [found for found in self._sets if wanted <= set(found) and len(found) <= most]
-        chosen = min(fit, key=len, default=tuple(sorted(wanted)))
-        self._sets = [*(found for found in self._sets if found != chosen), chosen]
-        self._num_used += 1
-        return chosen
-
-    def tidy(self) -> None:
-        """Between two steps: drop the copies of all but the sets that were used last."""
-        num_kept = max(MAX_SETS, self._num_used)
-        for old in self._sets[:-num_kept]:
-            for layer in self.layers.values():
-                layer.siblings.drop(old)
-        self._sets, self._num_used = self._sets[-num_kept:], 0
 
     @contextmanager
     def output_at(self, wanted: Tensor) -> Iterator[None]:

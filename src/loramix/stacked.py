@@ -18,7 +18,7 @@ from torch import Tensor
 from loramix.frozen import can_pack, packed
 from loramix.linear import matrix_of
 from loramix.lora import Pair, dora_gain
-from loramix.tiles import Tiler, Tiles, fits
+from loramix.tiles import Tiler, Tiles, can_join, fits, joined
 
 Layout = tuple[tuple[int, int], ...]  # gate column and rank of the updates in a block, in order
 
@@ -27,9 +27,24 @@ Layout = tuple[tuple[int, int], ...]  # gate column and rank of the updates in a
 class Bound:
     """One adapter's update as a layer applies it."""
 
-    a: Tensor  # [R, D]
-    b: Tensor  # [O, R], a DoRA magnitude folded in
+    a: Tensor | Tiles  # [R, D]
+    b: Tensor | Tiles  # [O, R], a DoRA magnitude folded in
     gain: Tensor | None  # [O], what DoRA adds to W x
+
+    @property
+    def rank(self) -> int:
+        return self.a.num_outputs if isinstance(self.a, Tiles) else self.a.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return (self.a.tiles if isinstance(self.a, Tiles) else self.a).device
+
+    def tiled(self, tiler: Tiler) -> Bound:
+        """The same in tiles, if they can hold it: laid out once, joined to others as they lie."""
+        plain = [factor for factor in (self.a, self.b) if isinstance(factor, Tensor)]
+        if self.gain is not None or len(plain) < 2 or not all(map(fits, plain)):
+            return self  # tiles know nothing of the gains of DoRA
+        return Bound(tiler.tiles(plain[0]), tiler.tiles(plain[1]), None)
 
 
 def bound(pair: Pair, layer: Any) -> Bound:
@@ -74,10 +89,18 @@ class Block:
     ranks: list[int]  # of each layer; they add up to R
     parts: Sequence[Part | None]  # of each layer; None where none of the adapters acts
 
-    def mapped(self, form: Callable[[Any], Tensor | Tiles]) -> Block:
-        """The same factors, so far plain, in another form."""
-        parts = [part and replace(part, b=form(part.b)) for part in self.parts]
-        return replace(self, a=form(self.a), parts=parts)
+    def mapped(self, form: Callable[[Tensor], Tensor | Tiles]) -> Block:
+        """The same, the factors that are plain in another form."""
+
+        def formed(factor: Tensor | Tiles) -> Tensor | Tiles:
+            return factor if isinstance(factor, Tiles) else form(factor)
+
+        parts = [part and replace(part, b=formed(part.b)) for part in self.parts]
+        return replace(self, a=formed(self.a), parts=parts)
+
+    @property
+    def factors(self) -> list[Tensor | Tiles]:
+        return [self.a, *(part.b for part in self.parts if part)]
 
 
 class Siblings:
@@ -85,7 +108,8 @@ class Siblings:
 
     def __init__(self, *layers: Sibling) -> None:
         self.layers = list(layers)
-        self._blocks: dict[tuple[str, ...], tuple[bool, Block | None]] = {}  # packed or not
+        # Packed or not, None where tiles hold all of it, which suit any number of rows.
+        self._blocks: dict[tuple[str, ...], tuple[bool | None, Block | None]] = {}
 
     def join(self, layer: Sibling) -> None:
         if layer.siblings is not self:
@@ -107,13 +131,13 @@ class Siblings:
         first = self.layers[0]
         to_pack = first.is_packed  # while layers turn, the others may not be: no matter
         known = self._blocks.get(names)
-        if known is None or known[0] != to_pack:
+        if known is None or known[0] not in (None, to_pack):
             block = stacked(self.layers, names)
             if block and first.tiler and _can_tile(block):
-                block = block.mapped(first.tiler.tiles)
-            elif block and to_pack:
-                block = block.mapped(_packed)
-            known = self._blocks[names] = to_pack, block
+                known = None, block.mapped(first.tiler.tiles)
+            else:
+                known = to_pack, block.mapped(_packed) if block and to_pack else block
+            self._blocks[names] = known
         return known[1]
 
 
@@ -127,31 +151,29 @@ def stacked(layers: Sequence[Sibling], names: Sequence[str]) -> Block | None:
     if not bounds:
         return None
     dtype = max((bound.a.dtype for bound in bounds), key=lambda dtype: dtype.itemsize)
-    layout = tuple((k, bound.a.shape[0]) for here in found for k, bound in here)
+    layout = tuple((k, bound.rank) for here in found for k, bound in here)
     owner = [k for k, rank in layout for _ in range(rank)]
     return Block(
-        a=_cat([bound.a.to(dtype) for bound in bounds], dim=0),
+        a=_cat([bound.a for bound in bounds], dtype, dim=0),
         dtype=dtype,
         layout=layout,
-        owner=torch.tensor(owner, device=bounds[0].a.device),
-        ranks=[sum(bound.a.shape[0] for _, bound in here) for here in found],
+        owner=torch.tensor(owner, device=bounds[0].device),
+        ranks=[sum(bound.rank for _, bound in here) for here in found],
         parts=[_part(here, dtype) if here else None for here in found],
     )
 
 
 def _part(here: Sequence[tuple[int, Bound]], dtype: torch.dtype) -> Part:
-    b = _cat([bound.b.to(dtype) for _, bound in here], dim=1)
+    b = _cat([bound.b for _, bound in here], dtype, dim=1)
     gained = [(k, bound.gain) for k, bound in here if bound.gain is not None]
-    owner = torch.tensor([k for k, _ in gained], device=b.device, dtype=torch.long)
+    owner = torch.tensor([k for k, _ in gained], device=here[0][1].device, dtype=torch.long)
     return Part(b, torch.stack([gain for _, gain in gained]) if gained else None, owner)
 
 
 def _can_tile(block: Block) -> bool:
     """Tiles know nothing of the gains of DoRA."""
-    parts = [part for part in block.parts if part]
-    factors = [block.a, *(part.b for part in parts)]
-    plain = all(isinstance(factor, Tensor) and fits(factor) for factor in factors)
-    return plain and all(part.gains is None for part in parts)
+    fit = all(isinstance(factor, Tiles) or fits(factor) for factor in block.factors)
+    return fit and all(part.gains is None for part in block.parts if part)
 
 
 def _packed(factor: Tensor) -> Tensor:
@@ -159,6 +181,11 @@ def _packed(factor: Tensor) -> Tensor:
     return packed(factor) if factor.numel() and can_pack(factor) else factor
 
 
-def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """One tensor is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=dim)
+def _cat(factors: Sequence[Tensor | Tiles], dtype: torch.dtype, dim: int) -> Tensor | Tiles:
+    """One factor is not copied; tiles stay tiles where they can."""
+    tiles = [factor for factor in factors if isinstance(factor, Tiles) and factor.dtype == dtype]
+    if len(tiles) == len(factors) and can_join(tiles, dim):
+        return joined(tiles, dim)
+    plain = [f.matrix() if isinstance(f, Tiles) else f for f in factors]
+    plain = [factor.to(dtype) for factor in plain]
+    return plain[0] if len(plain) == 1 else torch.cat(plain, dim=dim)

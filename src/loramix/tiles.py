@@ -9,6 +9,7 @@ are operations of their own. Here they are part of the product, which costs a ca
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,16 @@ class Tiles:
     tiles: Tensor  # [O / 16 / G, K / 2, 16 G, 2], the last tile filled up with zeros; G is 1 or 4
     num_outputs: int
     multiply: Any
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tiles.dtype
+
+    def matrix(self) -> Tensor:
+        """A plain copy [O, K], of tiles that are not woven."""
+        _, pairs, tile, _ = self.tiles.shape
+        assert tile == TILE
+        return self.tiles.transpose(1, 2).reshape(-1, 2 * pairs)[: self.num_outputs]
 
     def product(
         self, x: Tensor, bias: Tensor | None = None, update: tuple[Tensor, Tiles] | None = None
@@ -106,6 +117,20 @@ class Tiler:
     def woven(self, tiles: Tensor) -> Tiles:
         """A base's matrix that lies in woven tiles [O / 64, K / 2, 64, 2] already; no copy."""
         return Tiles(tiles, len(tiles) * WOVEN * TILE, self.native.multiply_long)
+
+
+def can_join(several: Sequence[Tiles], dim: int) -> bool:
+    """Whether the tiles of one begin where those of another end, along O or K."""
+    return dim == 1 or not any(tiles.num_outputs % TILE for tiles in several[:-1])
+
+
+def joined(several: Sequence[Tiles], dim: int) -> Tiles:
+    """Matrices side by side along O or K, copied as they lie; one is not copied."""
+    first = several[0]
+    if len(several) == 1:
+        return first
+    num_outputs = first.num_outputs if dim == 1 else sum(t.num_outputs for t in several)
+    return Tiles(torch.cat([t.tiles for t in several], dim=dim), num_outputs, first.multiply)
 
 
 def tiler_of(model: nn.Module, wanted: bool | None) -> Tiler | None:

@@ -788,14 +788,14 @@ def test_a_set_of_adapters_stays_side_by_side_while_the_batch_changes_within_it(
     with LocalEngine(base, adapters) as engine:
         mixed = engine._core.mixed
         engine.generate([greedy("the cat", Mix({name: 1})) for name in "abc"])
-        (three,) = mixed._sets
+        (three,) = mixed.sets._ready
         engine.generate([greedy("in", Mix({name: 0.5})) for name in "ab"])
-        assert mixed._sets == [three]  # the set of three has these two
+        assert mixed.sets._ready == [three]  # the set of three has these two
         engine.generate([greedy("in", Mix({"d": 1}))])
-        assert mixed._sets[-1] == (engine._loaded._residents.hold("d").bound,)
+        assert mixed.sets._ready[-1] == (engine._loaded._residents.hold("d").bound,)
         engine.remove("a")
         engine.generate([greedy("in", Mix({"b": 1}))])
-        assert three not in mixed._sets
+        assert three not in mixed.sets._ready
         for name in "bcd":
             engine.generate([greedy("in", Mix({name: 1, "b": 0.1}))])
         kept = {len(layer.siblings._blocks) for layer in mixed.layers.values()}

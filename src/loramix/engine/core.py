@@ -102,14 +102,16 @@ class Core:
         with contextlib.suppress(EngineError):  # closed: then it has failed already
             self.post(lambda: self.scheduler.drop(task))
 
-    def bind(self, adapter: Adapter, name: str, dtype: torch.dtype | None) -> None:
-        """Make an adapter available to tasks under this name; wait until it is. Counts as a user.
+    def bind(self, adapter: Adapter, name: str, dtype: torch.dtype | None) -> Future[None]:
+        """Make an adapter available to tasks that are submitted from now on. Counts as a user.
 
-        It is held in `dtype`, or in its own precision. Raises BaseMismatch.
+        It is held in `dtype`, or in its own precision. Done when the model has it. Raises
+        BaseMismatch.
         """
         self.mixed.check(adapter)
         with single_threaded():  # and here, so the steps go on meanwhile
             updates = self.mixed.prepared(adapter, dtype)
+
         bound: Future[None] = Future()
 
         def take() -> None:
@@ -122,7 +124,7 @@ class Core:
                 bound.set_exception(error)
 
         self.post(take)
-        bound.result()
+        return bound
 
     def unbind(self, name: str) -> None:
         """One user less; the adapter leaves the model after its last."""
@@ -137,7 +139,7 @@ class Core:
         head = model.get_output_embeddings()
         whole = isinstance(head, MixedLinear) and bool(head.bound)
         self.frozen.suit(len(batch.parts))
-        self.mixed.tidy()
+        self.mixed.sets.tidy()
         gates = batch.gates(self.mixed, device)
         with torch.inference_mode(), self.mixed.active.using(*gates):
             with packed(self._configs):

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 
 from loramix.adapter import Adapter
 from loramix.base import Base
@@ -15,6 +17,7 @@ from loramix.errors import Busy, EngineError, UnknownAdapter
 from loramix.library import Library, check_fingerprint
 from loramix.lora import size_bytes
 from loramix.mix import Mix
+from loramix.threads import aside
 
 
 class LoadedAdapters:
@@ -46,7 +49,7 @@ class LoadedAdapters:
         work leave no room.
         """
         with self._adding:
-            self._add(adapter, aligned=aligned, pinned=True)
+            self._add(adapter, aligned=aligned, pinned=True).result()
 
     def remove(self, name: str) -> None:
         """Forget one; requests that hold it finish. Raises UnknownAdapter."""
@@ -96,7 +99,10 @@ class LoadedAdapters:
             # Released there too: who stops waiting for it must not leave it held.
             await asyncio.to_thread(lambda: self.release(self.hold(mix, wait=False)))
 
-    def _add(self, adapter: Adapter, *, aligned: bool, pinned: bool, beside_bytes: int = 0) -> None:
+    def _add(
+        self, adapter: Adapter, *, aligned: bool, pinned: bool, beside_bytes: int = 0
+    ) -> Future[None]:
+        """Done when the model has it; tasks that are submitted after this may name it before."""
         check_fingerprint(adapter, self._base)
         dtype = self._base.dtype if aligned else None
         bound = f"{adapter.name}@{adapter.digest}{'' if aligned else '@own'}"
@@ -104,9 +110,10 @@ class LoadedAdapters:
         with self._lock:
             residents, needed = self._residents, resident.size_bytes
             self._unbind(residents.make_room(adapter.name, needed, beside_bytes))
-        self._core.bind(adapter, bound, dtype)
+        done = self._core.bind(adapter, bound, dtype)
         with self._lock:
             self._unbind(self._residents.put(adapter.name, resident))
+        return done
 
     def _unbind(self, gone: Iterable[Resident]) -> None:
         with contextlib.suppress(EngineError):  # closed: nothing is bound any more
@@ -122,7 +129,7 @@ class LoadedAdapters:
                     return self._residents.hold(name)
             with self._adding:
                 if name not in self.names:
-                    adapter = self._require_library(name).load(name)
+                    adapter = aside(partial(self._require_library(name).load, name))
                     self._add(adapter, aligned=True, pinned=False, beside_bytes=beside_bytes)
 
     def _require_library(self, name: str) -> Library:

@@ -33,13 +33,18 @@ from loramix.mix import Mix
 OWN_GATES = 4000
 
 
+class Covering(Protocol):
+    def covering(self, names: Iterable[str], spare: float) -> Sequence[tuple[str, ...]]: ...
+
+
 class Adapted(Protocol):
     """What gates are made for: `MixedModel`."""
 
     @property
     def ranks(self) -> Mapping[str, int]: ...
 
-    def together(self, names: Iterable[str], spare: float) -> tuple[str, ...]: ...
+    @property
+    def sets(self) -> Covering: ...
 
 
 class Reader(Protocol):
@@ -155,7 +160,7 @@ class Batch:
 
         Neighbours of one mix have gates of their own where that is cheaper: side by side, each of
         their tokens pays for the ranks of all. Such are long prompts, and large adapters with many
-        requests each.
+        requests each. Gates of the same tokens add up: those of the sets their adapters are in.
         """
         names = {name for part in self.parts for name, _ in part.task.weights}
         rank = sum(model.ranks[name] for name in names)
@@ -170,19 +175,27 @@ class Batch:
             runs = list(groups)
             for run in runs if apart else [[part for same in runs for part in same]]:
                 if here := {name for part in run for name, _ in part.task.weights}:
-                    gates.append(_gates(run, model.together(here, 0.0 if apart else 0.5), device))
-        if len(gates) == 1 and gates[0].weights.shape[1] == self.spans[-1].end:
-            return [replace(gates[0], span=None)]
-        return gates
+                    sets = model.sets.covering(here, 0.0 if apart else 0.5)
+                    gates += [_gates(run, names, device) for names in sets]
+        end = self.spans[-1].end
+        return [replace(own, span=None) if own.span == (0, end) else own for own in gates]
 
 
 def _gates(parts: Sequence[Part], names: tuple[str, ...], device: torch.device) -> Gates:
-    """One row of weights per token of neighbouring parts, [1, T, K], over these adapters."""
+    """One row of weights per token of neighbouring parts, [1, T, K], over these adapters.
+
+    From the first part to the last that has any of them.
+    """
     column = {name: k for k, name in enumerate(names)}
+    here = [
+        n for n, part in enumerate(parts) if any(name in column for name, _ in part.task.weights)
+    ]
+    parts = parts[here[0] : here[-1] + 1]
     rows = torch.zeros(len(parts), len(names))
     for n, part in enumerate(parts):
         for name, weight in part.task.weights:
-            rows[n, column[name]] = weight
+            if name in column:
+                rows[n, column[name]] = weight
     lengths = torch.tensor([part.span.num_rows for part in parts])
     weights = rows.repeat_interleave(lengths, dim=0)[None].to(device)
     return Gates(names, weights, span=(parts[0].span.start, parts[-1].span.end), keep=True)

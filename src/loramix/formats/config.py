@@ -100,7 +100,8 @@ class Settings:
             )
         targets = self.targets if isinstance(self.targets, tuple) else ()
         names = [name for name in targets if not _matches(self.excluded, name)]
-        empty = [name for name in names if not any(_ends_with(layer, name) for layer in layers)]
+        ends = {end for layer in layers for end in _ends(layer)}
+        empty = [name for name in names if name not in ends]
         if empty:
             raise FormatError(
                 f"{where}: its config targets {', '.join(sorted(empty))}, but the file has no "
@@ -272,11 +273,13 @@ def _pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
 def _matches(rule: tuple[str, ...] | str, layer: str) -> bool:
     if isinstance(rule, str):
         return re.fullmatch(rule, layer) is not None
-    return any(_ends_with(layer, name) for name in rule)
+    return not _ends(layer).isdisjoint(rule)
 
 
-def _ends_with(layer: str, name: str) -> bool:
-    return layer == name or layer.endswith(f".{name}")
+def _ends(layer: str) -> set[str]:
+    """The names that mean a layer: its own, and what comes after each of its dots."""
+    parts = layer.split(".")
+    return {".".join(parts[n:]) for n in range(len(parts))}
 
 
 def _base_name(base: str) -> str:

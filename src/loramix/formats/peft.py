@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +105,7 @@ def digest(pairs: Mapping[str, Pair]) -> str:
         for part, tensor in _parts(pair):
             state.update(f"{layer} {part} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            state.update(raw.numpy().tobytes())
+            state.update(raw.numpy().data)
     return state.hexdigest()
 
 
@@ -219,7 +220,7 @@ def _merged_linear(
 def _check_values(tensor: Tensor, what: str) -> None:
     if tensor.dtype not in DTYPES:
         raise FormatError(f"{what} is {tensor.dtype}; expected a float of 16, 32 or 64 bits.")
-    if not torch.isfinite(tensor).all():
+    if not _is_finite(tensor):
         raise FormatError(f"{what} holds NaN or infinity; its training diverged: use another one.")
 
 
@@ -237,13 +238,20 @@ def _check_shapes(a: Tensor, b: Tensor, magnitude: Tensor | None, what: str) -> 
 
 def _scaled(pair: Pair, scale: float, where: str) -> Pair:
     """The pair with `scale` inside `b`: in its own precision if exact there, else in float32."""
+    if scale == 1 and pair.a.dtype == pair.b.dtype:
+        return pair
     wide = pair.b.to(torch.promote_types(pair.b.dtype, torch.float32)) * scale
-    if not torch.isfinite(wide).all():
+    if not _is_finite(wide):
         raise FormatError(f"{where}: scaling by {scale:g} overflows; its alpha cannot be right.")
     narrow = wide.to(pair.b.dtype)
     if pair.a.dtype == pair.b.dtype and torch.equal(narrow.to(wide.dtype), wide):
         return replace(pair, b=narrow)
     return replace(pair, b=wide).to(torch.promote_types(pair.a.dtype, wide.dtype))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; a sum says so at once, unless it overflows."""
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def _parts(pair: Pair) -> list[tuple[Part, Tensor]]:
