@@ -12,9 +12,10 @@ import pytest
 from loramix.cli import main
 from loramix.errors import AdapterError, TrainError
 from loramix.formats.readme import describe, render
-from loramix.jobs import gather, learn, open_planned, taken_up
+from loramix.jobs import learn, open_planned, taken_up
 from loramix.library import Library
 from loramix.lm import has_router, load_router
+from loramix.material import gather
 from loramix.train.log import entries
 from loramix.train.loop import Stopped
 from loramix.train.recipe import read_plan
@@ -115,6 +116,26 @@ def test_an_overwriting_run_takes_up_the_checkpoint_that_it_is_told_to(place, sa
     assert taken_up(again).run.resume_from is None  # a job goes on from its own newest one
     elsewhere = dataclasses.replace(again, output=place / "new")
     assert taken_up(elsewhere).run.resume_from == oldest
+
+
+def test_an_expert_goes_on_from_one_of_the_library_or_is_learned_over_it(place, saved_base, capsys):
+    words = ["train", "--data", "colours.jsonl", "--base", str(saved_base), "fit_router=false"]
+    assert main([*words, "--name", "first", "lora_rank=6"]) == 0, capsys.readouterr().err
+    assert main([*words, "--name", "more", "adapter_name_or_path=first"]) == 0
+    assert "more goes on from first, and has its layers, its rank 6 and its scale 1" in (
+        capsys.readouterr().err
+    )
+    above = ["adapter_name_or_path=first,library/more", "create_new_adapter=true", "lora_rank=3"]
+    assert main([*words, "--name", "above", *above]) == 0, capsys.readouterr().err
+    shelf = Library(place / "library")
+    assert [shelf.load(name).rank for name in ("first", "more", "above")] == [6, 6, 15]
+    told = json.loads((shelf.path("above") / "training.json").read_text(encoding="utf-8"))
+    assert told["begun_from"] == ["first", "more"]
+    losses = [shelf.card(name).scores["validation_loss"] for name in ("first", "more", "above")]
+    assert losses[1] < losses[0]
+    assert losses[2] < losses[0]
+    assert main([*words, "--name", "x", "adapter_name_or_path=none"]) == 1
+    assert "none does not exist; expected" in capsys.readouterr().err
 
 
 def test_bad_rows_are_refused_with_their_lines_before_anything_is_learned(place, saved_base):

@@ -8,60 +8,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loramix.adapter import Adapter, Card
+from loramix.adapter import Adapter
 from loramix.base import Base, open_base
-from loramix.chat import Example, Message
 from loramix.errors import AdapterError, TrainError
 from loramix.formats.folder import PLOT, TRAINING
 from loramix.library import Library
-from loramix.lm import ROUTER, has_router, own_library
+from loramix.lm import ROUTER, has_router
+from loramix.material import Material, course_of, gather, shelf_of
 from loramix.mix import Mix
 from loramix.route.change import changing
 from loramix.route.gate import GateRouter
 from loramix.route.saved import state
 from loramix.train.board import Board
 from loramix.train.checkpoint import found
-from loramix.train.data import Row, understood, unknown_to
-from loramix.train.dataset import (
-    Loaded,
-    Sample,
-    accepted,
-    load,
-    load_hub,
-    load_named,
-    split,
-    to_rows,
-)
-from loramix.train.files import Problem
 from loramix.train.forward import rounded_products
-from loramix.train.learner import Course, account
+from loramix.train.learner import account
 from loramix.train.log import TrainerLog, entries
 from loramix.train.loop import Progress, train
 from loramix.train.measure import mean_loss
 from loramix.train.plot import check_plots, loss_plot
 from loramix.train.processes import Processes
-from loramix.train.recipe import ExpertPlan, Plan, Source
+from loramix.train.recipe import Plan
 
 LOG = "trainer_log.jsonl"
-EXAMPLES = 3  # queries that a card shows
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What one expert is learned from and judged by, and the rows that were left out."""
-
-    plan: ExpertPlan
-    learned: Sequence[tuple[Sample, Row]]
-    validation: Sequence[tuple[Sample, Row]]
-    problems: Sequence[Problem]
-    notes: Sequence[str]
-
-    @property
-    def queries(self) -> list[str]:
-        """What the router learns from: the last user turns."""
-        return [
-            sample.example.query for sample, _ in self.learned if len(sample.example.messages) > 1
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +52,6 @@ class Outcome:
     library: Library
     judged: Sequence[Judged]
     notes: Sequence[str]
-
-
-def shelf_of(plan: Plan) -> Library:
-    """The library the experts of a plan go to."""
-    return Library(plan.library or own_library())
-
-
-def gather(plan: Plan, base: Base) -> list[Material]:
-    """The rows of every expert, as tokens. TrainError if too many of them cannot be learned."""
-    return [_material(plan, expert, base) for expert in plan.experts]
 
 
 def learn(
@@ -121,7 +80,7 @@ def learn(
         if plan.begins_anew:
             _forget(plan.output)
     plan.run.processes.wait()
-    courses = [_course(material, base) for material in materials]
+    courses = [course_of(material, base) for material in materials]
     with _followed(plan, report) as told, rounded_products(base.device, wanted=plan.tf32):
         adapters = train(base, courses, plan.run, told)
     tell("Fitting the router ...")
@@ -176,7 +135,7 @@ def assist(plan: Plan, processes: Processes) -> None:
     base = open_planned(plan)
     materials = gather(plan, base)
     processes.wait()  # until the first one has emptied the folder of a run that begins anew
-    courses = [_course(material, base) for material in materials]
+    courses = [course_of(material, base) for material in materials]
     with rounded_products(base.device, wanted=plan.tf32):
         train(base, courses, replace(plan.run, processes=processes))
 
@@ -189,79 +148,6 @@ def taken_up(plan: Plan) -> Plan:
 
 def open_planned(plan: Plan) -> Base:
     return open_base(plan.base, dtype=plan.dtype, revision=plan.revision, quantize=plan.quantize)
-
-
-def _material(plan: Plan, expert: ExpertPlan, base: Base) -> Material:
-    loaded = _read(expert.source, expert.max_samples)
-    samples = [
-        _with_system(s, plan.system)
-        for s in accepted(loaded, str(expert.source), max_bad=plan.max_bad)
-    ]
-    notes = [*loaded.notes]
-    problems = [*loaded.problems]
-    if expert.validation is not None:
-        other = _read(expert.validation, None)
-        learned: Sequence[Sample] = samples
-        checked = accepted(other, str(expert.validation), max_bad=plan.max_bad)
-        validation: Sequence[Sample] = [_with_system(s, plan.system) for s in checked]
-        problems += other.problems
-        notes += other.notes
-    else:
-        learned, validation = split(samples, expert.val_size, expert.settings.seed)
-        if expert.val_size and not validation:
-            notes.append(f"{expert.name}: val_size is less than one row; none is held out.")
-    rows, bad = _tokens(plan, expert, base, learned)
-    held, held_bad = _tokens(plan, expert, base, validation)
-    cut = sum(len(row.ids) == expert.settings.max_length for _, row in rows)
-    notes += unknown_to(base.tokenizer, plan.template)
-    if cut and plan.truncate:
-        notes.append(f"{cut} rows of {expert.name} fill or pass cutoff_len and may be cut.")
-    return Material(expert, rows, held, [*problems, *bad, *held_bad], notes)
-
-
-def _read(source: Source, max_rows: int | None) -> Loaded:
-    if source.file is not None:
-        return load(source.file, max_rows=max_rows)
-    if source.hub:
-        return load_hub(source.hub, max_rows=max_rows)
-    return load_named(source.names, source.folder, max_rows=max_rows, mixing=source.mixing)
-
-
-def _tokens(
-    plan: Plan, expert: ExpertPlan, base: Base, samples: Sequence[Sample]
-) -> tuple[list[tuple[Sample, Row]], list[Problem]]:
-    if not samples:
-        return [], []
-    rows, problems = to_rows(
-        base.tokenizer,
-        samples,
-        min(expert.settings.max_length, base.context),
-        learned=plan.learned,
-        template=understood(base.tokenizer, plan.template),
-        truncate=plan.truncate,
-    )
-    accepted(Loaded([s for s, _ in rows], problems), str(expert.source), max_bad=plan.max_bad)
-    return rows, problems
-
-
-def _with_system(sample: Sample, system: str) -> Sample:
-    messages = sample.example.messages
-    if not system or messages[0].role == "system" or len(messages) == 1:
-        return sample
-    return replace(sample, example=Example((Message("system", system), *messages)))
-
-
-def _course(material: Material, base: Base) -> Course:
-    expert = material.plan
-    card = Card(
-        name=expert.name,
-        description=expert.description or f"Learned from {expert.source}.",
-        examples=tuple(dict.fromkeys(material.queries))[:EXAMPLES],
-        base=base.id,
-        base_fingerprint=base.fingerprint,
-    )
-    rows, validation = ([r for _, r in part] for part in (material.learned, material.validation))
-    return Course(card, rows, validation, expert.settings)
 
 
 def check_names(plan: Plan, shelf: Library) -> None:

@@ -188,6 +188,10 @@ class Library:
         self.path(name).rename(doomed)
         shutil.rmtree(doomed)
 
+    def locate(self, source: str) -> Path:
+        """Where the files of an adapter are: one of the library, a folder, a file or a hub id."""
+        return self.path(source) if source in self else self._locate(source, None)[0]
+
     def _locate(self, source: str | Path, revision: str | None) -> tuple[Path, str | None]:
         """Where the files are, and the name a hub id gives them."""
         if Path(source).exists():

@@ -24,7 +24,8 @@ from loramix.train.recipe import Plan, plan, read_plan
 
 if TYPE_CHECKING:
     from loramix.base import Base
-    from loramix.jobs import Judged, Material, Outcome
+    from loramix.jobs import Judged, Outcome
+    from loramix.material import Material
     from loramix.train.feed import Feed
     from loramix.train.loop import Progress
 
@@ -120,7 +121,8 @@ def work(
 
 def _lead(found: Plan, *, dry_run: bool, preview: int, resume: bool, feed: Feed | None) -> None:
     """What the only process of a run does, or the first of several."""
-    from loramix.jobs import gather, learn, open_planned
+    from loramix.jobs import learn, open_planned
+    from loramix.material import gather
     from loramix.train.memory import estimate, free_bytes, num_trained
 
     with notice(f"Opening {found.base} ..."), no_collection():
@@ -132,7 +134,7 @@ def _lead(found: Plan, *, dry_run: bool, preview: int, resume: bool, feed: Feed 
     if preview:
         for material in materials:
             show_rows(opened, material, preview)
-    settings = [expert.settings for expert in found.experts]
+    settings = [material.plan.settings for material in materials]
     rows = [[row for _, row in material.learned] for material in materials]
     judged = [[row for _, row in material.validation] for material in materials]
     needed = estimate(opened, settings, found.run, rows, judged)

@@ -109,6 +109,22 @@ def digest(pairs: Mapping[str, Pair]) -> str:
     return state.hexdigest()
 
 
+def scale_of(path: str | Path, adapter: Adapter) -> float:
+    """What its config multiplies the factors of an adapter's file by, which is in its pairs.
+
+    Raises FormatError if that differs between layers.
+    """
+    settings = _settings(Path(path), lora_only=False) or Settings()
+    found = {settings.scale(n, pair.rank, str(path)) for n, pair in adapter.pairs.items()}
+    if len(found) > 1:
+        listed = ", ".join(f"{scale:g}" for scale in sorted(found))
+        raise FormatError(
+            f"The layers of {path} have scales of {listed}; expected one: read it into the "
+            f"library first (loramix adapters add), which keeps the scales in the factors."
+        )
+    return found.pop()
+
+
 def _settings(path: Path, lora_only: bool) -> Settings | None:
     """From the config in the folder, or beside the file; None for a file that has none."""
     file = (path if path.is_dir() else path.parent) / CONFIG

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramix.errors import BadRequest, TrainError
+from loramix.library import Library
 from loramix.serve.roots import inside
 from loramix.train.dataset import REGISTRY, registry
-from loramix.train.recipe import Plan, Source, plan
+from loramix.train.recipe import ExpertPlan, Plan, Source, plan
 from loramix.train.registry import Registry
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ OWN = {
     "output_dir": "the server keeps checkpoints beside the job",
     "library": "experts go to the server's library",
     "logging_dir": "TensorBoard's events lie beside the checkpoints",
+    "resume_from_checkpoint": "a job that is resumed goes on from its own",
+    "export_dir": "whole models are merged with `loramix merge`",
     "processes": "a job shares the machine with the server",
 }
 
@@ -75,6 +78,7 @@ class Training:
         """
         found = plan({**config, "output_dir": "."})
         for expert in found.experts:
+            _check_begins(expert, Library(config["library"]))
             for source in (expert.source, expert.validation):
                 if source is not None and source.names:
                     self._check_names(source, roots)
@@ -93,6 +97,15 @@ class Training:
             if not own:
                 place = source.folder / file
                 inside(str(place if place.exists() else f"{place}.gz"), roots, f"dataset {name!r}")
+
+
+def _check_begins(expert: ExpertPlan, library: Library) -> None:
+    """BadRequest for a beginning that is none of the library's adapters."""
+    for name in expert.begins:
+        if name not in library:
+            raise BadRequest(
+                f"adapter_name_or_path names {name[:80]!r}; expected adapters that this server has."
+            )
 
 
 def _read_here(values: Mapping[str, Any], roots: tuple[Path, ...]) -> dict[str, Any]:

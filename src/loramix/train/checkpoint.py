@@ -25,6 +25,7 @@ from torch import Tensor
 from loramix.base import Base
 from loramix.errors import TrainError
 from loramix.formats.aside import aside
+from loramix.formats.peft import digest
 from loramix.train.config import Run
 from loramix.train.learner import Course, Learner, rows_digest
 from loramix.train.scaling import LossScale
@@ -110,6 +111,8 @@ def _fingerprint(base: Base, run: Run, learners: Sequence[Learner]) -> str:
         told.update(json.dumps(_settings(learner.course), sort_keys=True).encode())
         for rows in (learner.course.rows, learner.course.validation):
             told.update(rows_digest(rows).encode())
+        for pairs in (learner.course.begun.pairs, learner.course.begun.below):
+            told.update(digest(pairs).encode() if pairs else b"")
     return told.hexdigest()
 
 

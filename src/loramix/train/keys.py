@@ -50,6 +50,8 @@ OF_EXPERT: dict[str, Kind] = {
     "eval_dataset": str,
     "description": str,
     "preset": str,
+    "adapter_name_or_path": str,
+    "create_new_adapter": bool,
     "lora_rank": COUNT,
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARE,
@@ -175,9 +177,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "finetuning_type": (("lora",), "only LoRA experts can be mixed"),
     "do_eval": ((False, None), "use `loramix eval`"),
     "do_predict": ((False, None), "use `loramix ask`"),
-    "adapter_name_or_path": ((None,), "experts begin anew"),
-    "create_new_adapter": ((False, None), "experts begin anew"),
-    "additional_target": ((None,), "whole layers cannot be mixed with other experts"),
+    "additional_target": (
+        (None, [], ""),
+        "layers that are learned whole are no low-rank updates, and cannot be mixed or swapped; "
+        "name linear layers in lora_target",
+    ),
     "resize_vocab": ((False, None), "an expert with tokens of its own cannot be mixed"),
     "add_tokens": ((None,), "an expert with tokens of its own cannot be mixed"),
     "add_special_tokens": ((None,), "an expert with tokens of its own cannot be mixed"),

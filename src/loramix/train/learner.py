@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from loramix.lora import Pair
 from loramix.mixed import MixedModel
 from loramix.stacked import Bound
 from loramix.train.batches import epoch_order, file_order
+from loramix.train.begun import Begun
 from loramix.train.config import Settings
 from loramix.train.data import Row
 from loramix.train.scaling import LossScale
@@ -46,6 +47,7 @@ class Course:
     rows: Sequence[Row]
     validation: Sequence[Row]
     settings: Settings
+    begun: Begun = field(default_factory=Begun)  # what it begins with beside the base
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -63,6 +65,7 @@ def account(course: Course, source: str) -> str:
         "rows": len(course.rows),
         "sha256_of_tokens": rows_digest(course.rows),
         "validation_rows": len(course.validation),
+        **({"begun_from": course.begun.names} if course.begun.names else {}),
         "steps": course.settings.num_steps(len(course.rows)),
         **{
             name: value
@@ -81,25 +84,20 @@ def rows_digest(rows: Sequence[Row]) -> str:
 class Learner:
     """The factors of a course while they are learned, in float32.
 
-    They are kept as LoRA has them, dW = scale * b @ a, and become a plain pair at the end. Started
-    from factors (a0, b0) of the base's own weight, the update is scale * (b @ a - b0 @ a0): a pair
-    of twice the rank over the base as it is, so that experts of one pass can share it.
+    They are kept as LoRA has them, dW = scale * b @ a, and become a plain pair at the end. `beside`
+    are factors that act with them and are not learned: minus those (a0, b0) of the base's own
+    weight that it started from, so that the update is scale * (b @ a - b0 @ a0), and adapters that
+    it is learned over. A pair then has both behind each other, over the base as it is, so that
+    experts of one pass can share it.
     """
 
     def __init__(self, course: Course, mixed: MixedModel) -> None:
         self.course, self.mixed = course, mixed
         settings = course.settings
         self.name = course.card.name
-        self.start = fresh_pairs(
-            mixed.model,
-            settings.targets,
-            settings.rank,
-            start=settings.start,
-            seed=settings.seed,
-        )
-        if settings.start == "pissa":  # scale * b0 @ a0 is the principal part of W itself
-            root = math.sqrt(settings.scale)
-            self.start = {n: Pair(p.a / root, p.b / root) for n, p in self.start.items()}
+        self.start = self._start()
+        self.beside = self._beside()
+        self.layers = list(dict.fromkeys([*self.start, *self.beside]))
         self.weights = {
             f"{layer}.{part}": tensor.clone().requires_grad_()
             for layer, pair in self.start.items()
@@ -107,9 +105,7 @@ class Learner:
         }
         if settings.dora:
             for layer in self.start:
-                matrix = matrix_of(mixed.model.get_submodule(layer)).detach().float()
-                norm = torch.linalg.vector_norm(matrix, dim=1)
-                self.weights[f"{layer}.magnitude"] = norm.requires_grad_()
+                self.weights[f"{layer}.magnitude"] = self._magnitude(layer).requires_grad_()
         self.optimizer = self._optimizer()
         self.num_steps = settings.num_steps(len(course.rows))
         self.step = 0
@@ -117,7 +113,7 @@ class Learner:
         self.scale = LossScale.of(mixed.model.dtype)
         self.best: dict[str, Tensor] = {}
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        mixed.bind(Adapter(self.name, self.start, "in training", course.card))
+        mixed.bind(Adapter(self.name, {**self.beside, **self.start}, "", course.card))
         self.bind()
 
     @property
@@ -133,11 +129,11 @@ class Learner:
     @property
     def is_remade(self) -> bool:
         """Whether its update must be bound anew for every forward pass."""
-        return self.course.settings.dora or self.course.settings.start != "default"
+        return self.course.settings.dora or bool(self.beside)
 
     def bind(self) -> None:
         """Give the layers the update as it is now, with the graph that leads to its factors."""
-        for name in self.start:
+        for name in self.layers:
             self.mixed.layers[name].take(self.name, self._bound(name))
 
     def rows(self) -> list[Row]:
@@ -201,20 +197,25 @@ class Learner:
     def adapter(self) -> Adapter:
         """The expert: plain pairs, the scale inside."""
         weights = self.best or self.weights
-        pairs = {name: self._pair(name, weights) for name in self.start}
+        pairs = {name: self._pair(name, weights) for name in self.layers}
         return Adapter(self.name, pairs, digest(pairs), self.course.card)
 
     def _pair(self, layer: str, weights: dict[str, Tensor]) -> Pair:
         scale = self.course.settings.scale
-        a, b = (weights[f"{layer}.{part}"].detach() for part in "ab")
-        if self.course.settings.start != "default":
-            first = self.start[layer]
-            a, b = torch.cat([a, first.a]), torch.cat([b, -first.b], dim=1)
+        a, b = (part.detach() for part in self._factors(layer, weights))
         magnitude = weights[f"{layer}.magnitude"].detach() if self.course.settings.dora else None
         return Pair(a.clone(), scale * b, magnitude)
 
+    def _factors(self, layer: str, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(a, b) of a layer, what is learned before what is not; the scale is still to come."""
+        learned = [(weights[f"{layer}.a"], weights[f"{layer}.b"])] if layer in self.start else []
+        fixed = [(self.beside[layer].a, self.beside[layer].b)] if layer in self.beside else []
+        if len(parts := learned + fixed) == 1:
+            return parts[0]
+        return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
+
     def _bound(self, layer: str) -> Bound:
-        a, b = self.weights[f"{layer}.a"], self.weights[f"{layer}.b"]
+        a, b = self._factors(layer, self.weights)
         if self.course.settings.dora:
             # the norm is a constant to the gradient: section 4.3 of arxiv.org/abs/2402.09353
             b = self.course.settings.scale * b
@@ -222,10 +223,43 @@ class Learner:
             norm = torch.linalg.vector_norm(weight + b.detach() @ a.detach(), dim=1)
             gain = self.weights[f"{layer}.magnitude"] / norm
             return Bound(a, gain[:, None] * b, gain - 1)
-        if self.course.settings.start != "default":
-            first = self.start[layer]
-            return Bound(torch.cat([a, first.a]), torch.cat([b, -first.b], dim=1), None)
         return Bound(a, b, None)
+
+    def _start(self) -> dict[str, Pair]:
+        settings, begun = self.course.settings, self.course.begun.pairs
+        if begun:
+            return self._unscaled(begun)
+        fresh = fresh_pairs(
+            self.mixed.model,
+            settings.targets,
+            settings.rank,
+            start=settings.start,
+            seed=settings.seed,
+        )
+        if settings.start == "pissa":  # scale * b0 @ a0 is the principal part of W itself
+            root = math.sqrt(settings.scale)
+            return {n: Pair(p.a / root, p.b / root) for n, p in fresh.items()}
+        return fresh
+
+    def _beside(self) -> dict[str, Pair]:
+        if self.course.settings.start != "default":
+            return {name: Pair(pair.a, -pair.b) for name, pair in self.start.items()}
+        return self._unscaled(self.course.begun.below)
+
+    def _unscaled(self, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+        """Pairs where the base lies, in float32, as they are before this expert's scale."""
+        device, scale = self.mixed.model.device, self.course.settings.scale
+        moved = {name: pair.to(torch.float32, device) for name, pair in pairs.items()}
+        return {n: Pair(p.a, p.b / scale, p.magnitude) for n, p in moved.items()}
+
+    def _magnitude(self, layer: str) -> Tensor:
+        """DoRA's, as it begins: the norms of the base's outputs, or those it has learned."""
+        begun = self.start[layer].magnitude
+        if begun is not None:
+            return begun.clone()
+        matrix = matrix_of(self.mixed.model.get_submodule(layer)).detach().float()
+        norm: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+        return norm
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.course.settings

@@ -55,6 +55,8 @@ class ExpertPlan:
     val_size: float = 0.0  # rows, or a share of them if below 1
     max_samples: int | None = None
     description: str = ""
+    begins: tuple[str, ...] = ()  # adapters: names in the library, folders, files or hub ids
+    anew: bool = False  # fresh factors over all of them; else the last one is learned on
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,8 @@ def _expert(name: str, values: Mapping[str, Any]) -> ExpertPlan:
         val_size=values.get("val_size", 0.0),
         max_samples=values.get("max_samples"),
         description=values.get("description", ""),
+        begins=_listed(values.get("adapter_name_or_path", "")),
+        anew=values.get("create_new_adapter", False),
     )
 
 
@@ -206,10 +210,12 @@ def _source(values: Mapping[str, Any], file: str, names: str) -> Source | None:
         return Source(hub=given) if is_hub_source(given) else Source(file=Path(given))
     if names not in values:
         return None
-    listed = tuple(name.strip() for name in values[names].split(",") if name.strip())
-    return Source(
-        names=listed, folder=Path(values.get("dataset_dir", "data")), mixing=_mixing(values)
-    )
+    folder = Path(values.get("dataset_dir", "data"))
+    return Source(names=_listed(values[names]), folder=folder, mixing=_mixing(values))
+
+
+def _listed(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def _mixing(values: Mapping[str, Any]) -> Mixing:
@@ -232,7 +238,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         alpha=get("lora_alpha"),
         rslora=get("use_rslora", False),
         dora=get("use_dora", False),
-        targets=tuple(name.strip() for name in get("lora_target", "all").split(",")),
+        targets=_listed(get("lora_target", "all")),
         start=_start(values),
         rate=get("learning_rate", 5e-5),
         b_ratio=get("loraplus_lr_ratio", 1.0),
