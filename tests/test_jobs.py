@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from loramix.base import open_base
 from loramix.cli import main
 from loramix.errors import AdapterError, TrainError
 from loramix.formats.readme import describe, render
@@ -136,6 +138,34 @@ def test_an_expert_goes_on_from_one_of_the_library_or_is_learned_over_it(place, 
     assert losses[2] < losses[0]
     assert main([*words, "--name", "x", "adapter_name_or_path=none"]) == 1
     assert "none does not exist; expected" in capsys.readouterr().err
+
+
+def test_a_whole_model_is_written_after_training_and_by_a_file_that_only_merges(
+    place, saved_base, capsys
+):
+    trained = ["train", "--data", "colours.jsonl", "--base", str(saved_base), "fit_router=false"]
+    assert main([*trained, "--name", "colours", "export_dir=whole"]) == 0, capsys.readouterr().err
+    assert "A whole model is in whole." in capsys.readouterr().err
+    merging = [
+        *("train", str(GOLDEN / "merge.yaml"), f"model_name_or_path={saved_base}"),
+        *("adapter_name_or_path=colours", "export_dir=merged"),
+    ]
+    assert main(merging) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert shown == f"colours and {saved_base} as one model in merged\n"
+    base, whole, merged = (open_base(str(path)) for path in (saved_base, "whole", "merged"))
+    expert = Library(place / "library").load("colours")
+    for layer, pair in expert.pairs.items():
+        weight = base.model.get_submodule(layer).weight
+        torch.testing.assert_close(
+            whole.model.get_submodule(layer).weight, weight + pair.delta(weight)
+        )
+    assert whole.fingerprint == merged.fingerprint
+    assert main(merging) == 1
+    assert "merged is there already; give another export_dir" in capsys.readouterr().err
+    assert main([*merging, "overwrite_output_dir=true"]) == 0
+    assert main([*trained, "--name", "more", "export_dir=whole"]) == 1
+    assert "whole is there already" in capsys.readouterr().err
 
 
 def test_bad_rows_are_refused_with_their_lines_before_anything_is_learned(place, saved_base):

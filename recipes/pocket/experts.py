@@ -14,7 +14,8 @@ from loramix.chat import Example
 from loramix.cli.train import work as train
 from loramix.formats import peft
 from loramix.library import Library
-from loramix.train.recipe import ExpertPlan, read_plan
+from loramix.train.plans import ExpertPlan
+from loramix.train.recipe import read_plan
 from recipes.pocket.tasks import SOURCES, TASKS, Task, load, renumbered, review_parts, thinned
 
 VALIDATION = 300  # rows taken from the end of a shuffle of the training rows, never the held-out

@@ -11,6 +11,7 @@ from pathlib import Path
 from loramix.adapter import Adapter
 from loramix.base import Base, open_base
 from loramix.errors import AdapterError, TrainError
+from loramix.export import check_export, export_experts
 from loramix.formats.folder import PLOT, TRAINING
 from loramix.library import Library
 from loramix.lm import ROUTER, has_router
@@ -26,9 +27,9 @@ from loramix.train.learner import account
 from loramix.train.log import TrainerLog, entries
 from loramix.train.loop import Progress, train
 from loramix.train.measure import mean_loss
+from loramix.train.plans import Plan
 from loramix.train.plot import check_plots, loss_plot
 from loramix.train.processes import Processes
-from loramix.train.recipe import Plan
 
 LOG = "trainer_log.jsonl"
 
@@ -71,6 +72,9 @@ def learn(
     plan is not to overwrite it, TrainError, and Stopped.
     """
     shelf = shelf_of(plan)
+    export = plan.export and replace(plan.export, overwrite=plan.overwrite or resume)
+    if export:
+        check_export(export)
     if not resume:
         check_names(plan, shelf)
         if plan.resume and not found(plan.output):
@@ -96,7 +100,8 @@ def learn(
         if plan.plot:
             beside[PLOT] = loss_plot([e for e in log if e["expert"] == adapter.name])
         shelf.put(_scored(adapter, scores.get(adapter.name)), replace=mine, beside=beside)
-    notes = []
+    models = export_experts(export, adapters) if export else []
+    notes = [f"A whole model is in {folder}." for folder in models]
     if router:
         _save_router(router, begun, shelf, materials)
     elif plan.fit_router:

@@ -26,7 +26,7 @@ from loramix.train.dataset import (
 )
 from loramix.train.files import Problem
 from loramix.train.learner import Course
-from loramix.train.recipe import ExpertPlan, Plan, Source
+from loramix.train.plans import ExpertPlan, Plan, Source
 
 EXAMPLES = 3  # queries that a card shows
 

@@ -10,7 +10,8 @@ import pytest
 from loramix.errors import LoramixError, TrainError
 from loramix.train.interleave import Mixing
 from loramix.train.keys import PASSED_OVER, REFUSED
-from loramix.train.recipe import plan, read_plan
+from loramix.train.plans import Export
+from loramix.train.recipe import merging, plan, read_plan, read_values
 
 GOLDEN = Path(__file__).parent / "golden"
 LEAST = {"model_name_or_path": "pocket", "output_dir": "out/brand", "dataset": "identity"}
@@ -60,6 +61,26 @@ def test_llama_factorys_example_is_read_unchanged():
     assert any("trust_remote_code is passed over" in note for note in found.notes)
 
 
+def test_llama_factorys_qlora_example_is_read_unchanged():
+    found = read_plan(GOLDEN / "qlora_sft.yaml")
+    assert (found.quantize, found.dtype) == ("nf4", "bfloat16")
+
+
+def test_llama_factorys_merging_example_is_read_unchanged():
+    values = read_values(GOLDEN / "merge.yaml")
+    assert merging(values) == Export(
+        folder=Path("saves/qwen3_sft_merged"),
+        base="Qwen/Qwen3-4B-Instruct-2507",
+        shard_bytes=5 * 10**9,
+        adapters=("saves/qwen3-4b/lora/sft",),
+    )
+    assert merging({**values, "dataset": "identity"}) is None
+    with pytest.raises(TrainError, match="expected adapter_name_or_path beside it"):
+        merging({**values, "adapter_name_or_path": None})
+    with pytest.raises(TrainError, match="Unknown key 'export_dri'"):
+        merging({**values, "export_dri": "x"})
+
+
 def test_a_second_file_from_the_field_with_options_transformers_5_renamed():
     found = read_plan(GOLDEN / "brand_expert.yaml")
     (expert,) = found.experts
@@ -103,7 +124,6 @@ def test_no_key_of_the_list_is_unknown(key):
         ({"fp16": True, "bf16": True}, "bf16 and fp16 are both set; drop one of them"),
         ({"metric_for_best_model": "rouge"}, "expected loss, eval_loss, accuracy, eval_accuracy"),
         ({"greater_is_better": True}, "greater_is_better is True for the loss; drop that key"),
-        ({"export_dir": "merged"}, "use `loramix merge`"),
         ({"quantization_bit": 3}, "quantization_bit is 3; expected 8, 4"),
         ({"quantization_type": "fp4"}, "4 bits are those of QLoRA, nf4"),
         ({"double_quantization": False}, "whose scales are rounded"),

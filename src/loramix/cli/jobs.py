@@ -21,7 +21,7 @@ from loramix.lm import own_database, own_library
 if TYPE_CHECKING:
     from loramix.store import Store
     from loramix.store.records import Job
-    from loramix.train.recipe import Plan
+    from loramix.train.plans import Plan
 
 jobs = typer.Typer(help="Follow, stop and resume detached trainings.")
 Id = Annotated[str, Argument(help="The job's id, or how it begins.")]

@@ -17,10 +17,12 @@ from typer import Option
 from loramix.cli.opening import hush, import_quickly, no_collection, notice
 from loramix.cli.printing import print_table
 from loramix.errors import BadRequest
+from loramix.library import Library
 from loramix.lm import own_library
+from loramix.train.plans import Export, Plan
 from loramix.train.plot import CAN_PLOT
 from loramix.train.processes import num_launched
-from loramix.train.recipe import Plan, plan, read_plan
+from loramix.train.recipe import merging, plan, read_plan, read_values
 
 if TYPE_CHECKING:
     from loramix.base import Base
@@ -69,6 +71,11 @@ def train(
     if detach and num_launched() > 1:
         raise BadRequest("--detach under a launcher would begin a job each; use processes=N.")
     words = [*([f"preset={preset}"] if preset else []), *(words or [])]
+    if data is None and name is None and (asked := _merging(words)):
+        if dry_run or preview or detach:
+            raise BadRequest("This file merges and trains nothing; give it without such flags.")
+        _merge(asked, Library(library or own_library()))
+        return
     found = planned(words, data, name, base, library)
     if not detach:
         work(found, dry_run=dry_run, preview=preview)
@@ -82,6 +89,22 @@ def train(
         ", ".join(expert.name for expert in found.experts),
         {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()},
     )
+
+
+def _merging(words: list[str]) -> Export | None:
+    """What the training file asks for if it merges adapters and trains nothing."""
+    files = [Path(word) for word in words if "=" not in word]
+    changes = [word for word in words if "=" in word]
+    return merging(read_values(files[0], changes)) if len(files) == 1 else None
+
+
+def _merge(asked: Export, library: Library) -> None:
+    hush()
+    with notice(f"Merging {', '.join(asked.adapters)} ..."), no_collection():
+        from loramix.export import export_adapters
+
+        place = export_adapters(asked, library)
+    typer.echo(f"{', '.join(asked.adapters)} and {asked.base} as one model in {place}")
 
 
 def planned(

@@ -106,14 +106,16 @@ def _told(out: Path) -> Iterator[None]:
         ) from error
 
 
-def base_folder(base: str) -> Path:
+def base_folder(base: str, revision: str | None = None) -> Path:
     """Where the files of a base are: a folder, "pocket", or a hub id that is fetched if need be."""
     if base == "pocket":
         return POCKET / "base"
     if Path(base).is_dir() or not is_hub_id(base):
         return Path(base)
     return fetch(
-        base, files=("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
+        base,
+        revision,
+        files=("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"),
     )
 
 

@@ -15,7 +15,8 @@ from loramix.errors import BadRequest, TrainError
 from loramix.library import Library
 from loramix.serve.roots import inside
 from loramix.train.dataset import REGISTRY, registry
-from loramix.train.recipe import ExpertPlan, Plan, Source, plan
+from loramix.train.plans import ExpertPlan, Plan, Source
+from loramix.train.recipe import plan
 from loramix.train.registry import Registry
 
 if TYPE_CHECKING:

@@ -125,6 +125,8 @@ OF_RUN: dict[str, Kind] = {
     "report_to": REPORTS,
     "logging_dir": str,
     "streaming": bool,
+    "export_dir": str,
+    "export_size": POSITIVE,
     "processes": COUNT,
 }
 ALIASES = {"evaluation_strategy": "eval_strategy", "run_name": "name"}
@@ -158,9 +160,8 @@ PASSED_OVER = {
     "om_hub_token": "models come from one hub or a folder",
     "media_dir": "rows are text",
     "infer_backend": "loramix serves with its own engine",
-    "export_size": "adapters are one file",
-    "export_device": "nothing is exported",
-    "export_legacy_format": "adapters are safetensors",
+    "export_device": "tensors are merged on the CPU, a few at a time",
+    "export_legacy_format": "models are safetensors",
     "deepspeed": "every process holds the whole base",
     "fsdp": "every process holds the whole base",
 }
@@ -190,7 +191,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_type": (("nf4", None), "4 bits are those of QLoRA, nf4"),
     "double_quantization": ((True, None), "4 bits are those of QLoRA, whose scales are rounded"),
     "rope_scaling": ((None,), "it would change the base"),
-    "export_dir": ((None,), "this file merges; use `loramix merge`"),
     "use_galore": ((False, None), "experts are LoRA"),
     "use_apollo": ((False, None), "experts are LoRA"),
     "use_badam": ((False, None), "experts are LoRA"),

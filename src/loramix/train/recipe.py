@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,75 +26,17 @@ from loramix.train.dataset import MAX_BAD
 from loramix.train.interleave import Mixing
 from loramix.train.keys import check_keys
 from loramix.train.online import is_hub_source
+from loramix.train.plans import ExpertPlan, Export, Plan, Source
 from loramix.train.presets import told, with_preset
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where rows come from: a file, the hub, or names in a folder's dataset_info.json."""
-
-    file: Path | None = None
-    hub: str = ""  # owner/name, or owner/name@revision
-    names: tuple[str, ...] = ()
-    folder: Path = Path("data")
-    mixing: Mixing = field(default_factory=Mixing)  # of several names
-
-    def __str__(self) -> str:
-        return str(self.file) if self.file else self.hub or ",".join(self.names)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertPlan:
-    """One expert of a plan."""
-
-    name: str
-    source: Source
-    settings: Settings
-    validation: Source | None = None
-    val_size: float = 0.0  # rows, or a share of them if below 1
-    max_samples: int | None = None
-    description: str = ""
-    begins: tuple[str, ...] = ()  # adapters: names in the library, folders, files or hub ids
-    anew: bool = False  # fresh factors over all of them; else the last one is learned on
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a training file asks for."""
-
-    base: str
-    experts: tuple[ExpertPlan, ...]
-    output: Path
-    run: Run
-    library: Path | None = None  # where the experts go; None: the default one
-    revision: str | None = None
-    dtype: str = "auto"
-    quantize: str = "none"  # the base
-    overwrite: bool = False
-    resume: bool | None = None  # True: there must be a checkpoint; False: begin anew all the same
-    fit_router: bool = True
-    learned: Learned = "answers"
-    truncate: bool = True
-    template: Mapping[str, Any] = field(default_factory=dict)
-    system: str = ""
-    max_bad: float = MAX_BAD
-    log_every: int = 10  # steps
-    plot: bool = False
-    board: Path | None = None  # where TensorBoard's events go
-    tf32: bool | None = None  # matrix products of a GPU with ten bits; None: as torch is set
-    processes: int = 1  # begun on this machine; more may be begun by a launcher
-    notes: tuple[str, ...] = ()
-
-    @property
-    def begins_anew(self) -> bool:
-        """Whether checkpoints that lie in its folder are of no use."""
-        return self.resume is False or (
-            self.overwrite and self.resume is None and self.run.resume_from is None
-        )
 
 
 def read_plan(file: Path, overrides: Sequence[str] = ()) -> Plan:
     """The plan of a YAML file, with `key=value` overrides. Raises TrainError."""
+    return plan(read_values(file, overrides))
+
+
+def read_values(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a YAML file, with `key=value` overrides. Raises TrainError."""
     import yaml
 
     try:
@@ -111,7 +52,7 @@ def read_plan(file: Path, overrides: Sequence[str] = ()) -> Plan:
         if not equals or not key:
             raise TrainError(f"{word!r} is no override; expected key=value.")
         _set(values, key, yaml.safe_load(text))
-    return plan(values)
+    return values
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -122,6 +63,16 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(values, dict):
             raise TrainError(f"{key} names nothing that can be set: {part} is no group of keys.")
     values[last] = value
+
+
+def merging(values: Mapping[str, Any]) -> Export | None:
+    """What a file asks for that merges and trains nothing; None for one that trains."""
+    if "export_dir" not in values or {"dataset", "data", "experts"} & values.keys():
+        return None
+    found = _export(check_keys(values)[0])
+    if found is None or not found.adapters:
+        raise TrainError("export_dir without rows merges; expected adapter_name_or_path beside it.")
+    return found
 
 
 def plan(values: Mapping[str, Any]) -> Plan:
@@ -164,6 +115,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
         max_bad=common.get("max_bad_rows", MAX_BAD),
         log_every=max(1, round(common.get("logging_steps", 10))),
         plot=common.get("plot_loss", False),
+        export=_export(common),
         board=board,
         tf32=common.get("tf32"),
         processes=common.get("processes", 1),
@@ -327,6 +279,22 @@ def _learned(values: Mapping[str, Any]) -> Learned:
 
 def _template(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: values[k] for k in ("enable_thinking", "preserve_thinking") if k in values}
+
+
+def _export(values: Mapping[str, Any]) -> Export | None:
+    if "export_dir" not in values:
+        return None
+    if "model_name_or_path" not in values:
+        raise TrainError("The key model_name_or_path is missing; expected it beside export_dir.")
+    size = values.get("export_size")
+    return Export(
+        folder=Path(values["export_dir"]),
+        base=values["model_name_or_path"],
+        revision=values.get("model_revision"),
+        shard_bytes=None if size is None else round(size * 1e9),
+        overwrite=values.get("overwrite_output_dir", False),
+        adapters=_listed(values.get("adapter_name_or_path", "")),
+    )
 
 
 def _board(values: Mapping[str, Any], output: Path) -> Path | None:
