@@ -40,6 +40,15 @@ def test_equals_transformers(minilm: MiniLmEncoder) -> None:
     np.testing.assert_allclose(minilm.encode(TEXTS), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("rows", [1, encode.FEW_ROWS, encode.FEW_ROWS + 1])
+def test_a_matrix_in_blocks_multiplies_as_the_whole(rows: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, 48), np.float32)
+    matrix = rng.standard_normal((96, 48), np.float32)
+    blocks = encode._in_blocks({"encoder.weight": matrix})["encoder.weight"]
+    np.testing.assert_allclose(encode._product(x, blocks), x @ matrix.T, atol=1e-4)
+
+
 def test_a_batch_is_its_rows(minilm: MiniLmEncoder) -> None:
     alone = np.concatenate([minilm.encode([text]) for text in TEXTS])
     np.testing.assert_allclose(minilm.encode(TEXTS), alone, atol=2e-6)

@@ -104,10 +104,15 @@ def _vector(rows: Floats | Sparse, i: int, width: int) -> Floats:
 
 
 def best(cosines: Floats, count: int) -> Floats:
-    """The highest of each row, best first, [N, count]; 0 where there are fewer."""
+    """The highest of each row, best first, [N, count]; 0 where there are fewer.
+
+    Most are 0, of examples that were not compared; as many of these as may be among the highest
+    stand for all. To find the highest among thousands of equal numbers takes longer.
+    """
     found = np.zeros((len(cosines), count), np.float32)
-    width = min(count, cosines.shape[1])
-    if width:
-        top = np.partition(cosines, -width, axis=1)[:, -width:]  # sorting all takes longer
-        found[:, :width] = np.sort(top, axis=1)[:, ::-1]
+    for best, row in zip(found, cosines, strict=True):
+        compared = row[row != 0]
+        rest = np.zeros(min(count, len(row) - len(compared)), np.float32)
+        top = np.sort(np.concatenate([compared, rest]))[::-1][:count]
+        best[: len(top)] = top
     return found

@@ -1,6 +1,7 @@
 """A router as one directory: router.json (what it is), arrays.npz, examples.json.gz (texts).
 
 Nothing in it is executable. Weights are stored in float16: held-out figures do not move.
+They are not compressed: that would make them a twelfth smaller, in half a second.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def save(router: GateRouter, folder: Path) -> None:
     with aside(Path(folder), replace=True) as place:
         place.mkdir()
         (place / FACTS).write_text(json.dumps(_facts(router), indent=1) + "\n", encoding="utf-8")
-        np.savez_compressed(place / ARRAYS, **_arrays(router))
+        np.savez(place / ARRAYS, **_arrays(router))
         texts = json.dumps(dict(router.examples)).encode()
         (place / EXAMPLES).write_bytes(gzip.compress(texts, mtime=0))
 
