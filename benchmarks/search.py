@@ -42,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for recipes
 from loramix.adapter import Adapter, Card
 from loramix.base import Base, fingerprint, open_base
 from loramix.chat import Example
+from loramix.folders import POCKET_LIBRARY
 from loramix.formats import peft
 from loramix.library import Library
-from loramix.lm import POCKET_LIBRARY
 from loramix.lora import Pair
 from loramix.mixed import linear_shapes
 from loramix.search import Progress

@@ -55,9 +55,9 @@ def rows_of(expert: int, count: int, vocabulary: int) -> list[tuple[list[int], i
 def folder_of(size: str, work: Path) -> Path:
     """The base's folder; the large one is made of random weights, once."""
     if size == "pocket":
-        from loramix.base import POCKET
+        from loramix.folders import POCKET_BASE
 
-        return POCKET / "base"
+        return POCKET_BASE
     folder = work / "large"
     if not folder.exists():
         import torch
@@ -74,9 +74,9 @@ def folder_of(size: str, work: Path) -> Path:
             tie_word_embeddings=True,
         )
         Qwen2ForCausalLM(config).save_pretrained(folder)
-        from loramix.base import POCKET
+        from loramix.folders import POCKET_BASE
 
-        AutoTokenizer.from_pretrained(POCKET / "base").save_pretrained(folder)
+        AutoTokenizer.from_pretrained(POCKET_BASE).save_pretrained(folder)
     return folder
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from loramix.cli import main
+from loramix.folders import POCKET_LIBRARY
 from loramix.formats import peft
 from loramix.library import Library
-from loramix.lm import POCKET_LIBRARY
 from tests.shop import BANKING, SQL
 from tests.tiny import random_adapter, tiny_base
 

@@ -11,7 +11,7 @@ import pytest
 
 from docs.refresh import BLOCK, commands, refreshed
 from loramix.cli import main
-from loramix.lm import POCKET
+from loramix.folders import POCKET
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])

@@ -13,9 +13,10 @@ from loramix.chat import Message
 from loramix.engine import Sampling
 from loramix.engine.fake import FakeEngine
 from loramix.errors import BadRequest, MixSyntaxError, RouteError, UnknownAdapter
+from loramix.folders import default_library, own_library
 from loramix.formats.card import write_card
 from loramix.library import Library
-from loramix.lm import LM, Conversation, default_library, guided, own_library
+from loramix.lm import LM, Conversation, guided
 from loramix.mix import Mix
 from loramix.route import Decision
 from tests.shop import BANKING, SQL, Shop

@@ -7,8 +7,9 @@ import json
 import pytest
 
 import loramix
-from loramix.base import POCKET, open_base
+from loramix.base import open_base
 from loramix.engine import Sampling
+from loramix.folders import POCKET
 from loramix.library import Library, check
 from loramix.lm import ROUTER
 

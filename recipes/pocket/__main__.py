@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from loramix.base import POCKET
+from loramix.folders import POCKET
 from loramix.library import Library
 from recipes.pocket import corpus, history, presets, pretrain, report, routing, turns
 from recipes.pocket.experts import install, learn, write_rows

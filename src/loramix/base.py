@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loramix.errors import BaseError
+from loramix.folders import POCKET_BASE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-POCKET = Path(__file__).parent / "pocket"
 SAMPLE = 256  # signs of each tensor in a fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZED = ("none", "int8", "nf4")
@@ -72,7 +72,7 @@ def open_base(
     """
     from transformers import AutoTokenizer
 
-    path = str(POCKET / "base") if source == "pocket" else source
+    path = str(POCKET_BASE) if source == "pocket" else source
     _check_source(path, revision)
     place = _device(device)
     if quantize not in QUANTIZED:

@@ -13,7 +13,6 @@ neither torch nor transformers; `open` does.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loramix.chat import Message
 from loramix.engine import Answer, Chunk, Engine, Finish, Request, Sampling
 from loramix.errors import BadRequest, RouteError, UnknownAdapter
+from loramix.folders import POCKET_LIBRARY, default_library
 from loramix.library import Library
 from loramix.mix import Mix
 from loramix.route import Decision, Router
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from loramix.base import Base
     from loramix.route.feedback import CorrectedRouter
 
-POCKET = Path(__file__).with_name("pocket")  # as in base.py, which loads torch
-POCKET_LIBRARY = POCKET / "library"
 ROUTER = "_router"  # the subfolder of a library that holds its router
 
 # Control characters but tabs and line breaks, and halves of characters (lone surrogates).
@@ -230,34 +228,6 @@ def open(
     if callable(asked):
         asked = asked(opened)  # before the engine wraps it
     return LM(LocalEngine(opened, library=shelf, **engine or {}), shelf, asked)
-
-
-def default_library(base: str) -> Path:
-    """Where adapters are looked for: beside pocket for pocket, else in your own library.
-
-    Yours is $LORAMIX_LIBRARY, or `library` in the user's data folder for loramix.
-    """
-    return POCKET_LIBRARY if base == "pocket" else own_library()
-
-
-def own_library() -> Path:
-    """The user's library; it need not exist yet."""
-    if given := os.environ.get("LORAMIX_LIBRARY"):
-        return Path(given).expanduser()
-    return _own_data() / "library"
-
-
-def own_database(name: str = "loramix.db") -> str:
-    """Where keys and conversations are: $LORAMIX_DATABASE, or a file in the user's data folder."""
-    return os.environ.get("LORAMIX_DATABASE") or f"sqlite:///{_own_data() / name}"
-
-
-def _own_data() -> Path:
-    if os.name == "nt":
-        data = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        data = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
-    return data / "loramix"
 
 
 def load_router(library: Library) -> CorrectedRouter:

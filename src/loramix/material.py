@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from loramix.adapter import Card
 from loramix.base import Base
 from loramix.chat import Example, Message
+from loramix.folders import own_library
 from loramix.formats import peft
 from loramix.library import Library, check_fingerprint
-from loramix.lm import own_library
 from loramix.mixed import check_fit, linear_shapes
 from loramix.train.begun import Begun, begin
 from loramix.train.data import Row, understood, unknown_to

@@ -325,13 +325,13 @@ def test_what_takes_long_to_read_does_not_hold_up_the_event_loop(
     engine, monkeypatch, request_, is_aside
 ):
     readers = []
-    write = engine._written
+    write = engine._jobs.written
 
     def written(*arguments):
         readers.append(threading.current_thread())
         return write(*arguments)
 
-    monkeypatch.setattr(engine, "_written", written)
+    monkeypatch.setattr(engine._jobs, "written", written)
     with contextlib.suppress(TooLong):
         asyncio.run(texts(engine, request_))
     assert [reader is not threading.main_thread() for reader in readers] == [is_aside]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from loramix.errors import MergeError
+from loramix.folders import POCKET_BASE, POCKET_LIBRARY
 from loramix.formats import peft
-from loramix.lm import POCKET, POCKET_LIBRARY
 from loramix.merge import journal
 from loramix.merge.journal import part_of
 from loramix.merge.stream import merge_into
@@ -88,7 +88,7 @@ def test_two_merges_do_not_write_one_folder(llama, tmp_path):
 def merge_pocket(out):
     torch.set_num_threads(1)
     adapters = {name: peft.read(POCKET_LIBRARY / name) for name in ("sql", "support")}
-    merge_into(POCKET / "base", adapters, recipe("sql:0.5+support:0.5"), out)
+    merge_into(POCKET_BASE, adapters, recipe("sql:0.5+support:0.5"), out)
 
 
 @pytest.mark.skipif(not POCKET_LIBRARY.exists(), reason="pocket is not built")

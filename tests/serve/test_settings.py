@@ -9,9 +9,10 @@ import pytest
 import loramix
 from loramix.engine.local import LocalEngine
 from loramix.errors import LoramixError, SettingsError
+from loramix.folders import POCKET_LIBRARY
 from loramix.formats import peft
 from loramix.library import Library
-from loramix.lm import POCKET_LIBRARY, has_router
+from loramix.lm import has_router
 from loramix.mix import Mix
 from loramix.route.fixed import FixedRouter, RulesRouter
 from loramix.serve.opening import open_service, problems

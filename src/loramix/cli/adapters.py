@@ -20,8 +20,9 @@ from loramix.cli.flags import Json, Machine, flags
 from loramix.cli.opening import hush, notice
 from loramix.cli.printing import print_json, print_table
 from loramix.errors import BadRequest, RouteError, UnknownAdapter
+from loramix.folders import POCKET_LIBRARY, own_library
 from loramix.library import Library
-from loramix.lm import POCKET_LIBRARY, ROUTER, has_router, own_library
+from loramix.lm import ROUTER, has_router
 from loramix.mix import check_name
 
 if TYPE_CHECKING:

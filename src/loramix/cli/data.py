@@ -169,9 +169,9 @@ def _turn(message: Message) -> dict[str, Any]:
 def _tokenizer(base: str) -> Any:
     from transformers import AutoTokenizer
 
-    from loramix.base import POCKET
+    from loramix.folders import POCKET_BASE
 
-    path = str(POCKET / "base") if base == "pocket" else base
+    path = str(POCKET_BASE) if base == "pocket" else base
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ from loramix.cli.flags import Machine
 from loramix.cli.printing import print_table
 from loramix.cli.serve import listening, made_for, opened_service, over_http
 from loramix.errors import BaseError, LoramixError, ServeError
-from loramix.lm import POCKET, own_database
+from loramix.folders import POCKET, own_database
 
 if TYPE_CHECKING:
     from loramix.serve.app import Server

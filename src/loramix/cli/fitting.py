@@ -18,9 +18,10 @@ from loramix.cli.flags import Machine, Where
 from loramix.cli.opening import notice, open_lm
 from loramix.cli.reading import read_answered, read_labelled
 from loramix.errors import BadRequest, UnknownAdapter
+from loramix.folders import own_library
 from loramix.formats.aside import aside
 from loramix.library import Library
-from loramix.lm import ROUTER, guided, own_library
+from loramix.lm import ROUTER, guided
 
 if TYPE_CHECKING:
     from loramix.chat import Example

@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_type_hints
 from typer import Option
 
 from loramix.engine import Sampling
+from loramix.folders import default_library
 from loramix.library import Library
-from loramix.lm import default_library
 
 Mixed = Annotated[str, Option("--mix", "-m", metavar="MIX|auto|base", help="What answers.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]

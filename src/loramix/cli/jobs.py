@@ -16,7 +16,7 @@ from typer import Argument, Option
 from loramix.cli.flags import Json
 from loramix.cli.printing import print_json, print_table
 from loramix.errors import BadRequest, Conflict, LoramixError
-from loramix.lm import own_database, own_library
+from loramix.folders import own_database, own_library
 
 if TYPE_CHECKING:
     from loramix.store import Store

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from loramix.cli.flags import Json
 from loramix.cli.printing import print_json, print_table
-from loramix.lm import own_database
+from loramix.folders import own_database
 
 if TYPE_CHECKING:
     from loramix.store import Store

@@ -17,8 +17,8 @@ from loramix.cli.opening import open_base
 from loramix.cli.printing import print_json
 from loramix.cli.reading import read_answered
 from loramix.errors import AdapterError, SearchError, UnknownAdapter
+from loramix.folders import own_library
 from loramix.library import Library
-from loramix.lm import own_library
 from loramix.mix import check_name
 
 if TYPE_CHECKING:

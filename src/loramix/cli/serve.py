@@ -152,7 +152,7 @@ def opened_service(settings: Settings, *, insecure: bool = False) -> Any:
 
 def _require_loopback(settings: Settings) -> None:
     """ServeError if other machines were let in and no keys asked for."""
-    from loramix.lm import own_database
+    from loramix.folders import own_database
     from loramix.store import Store
 
     host = settings.host

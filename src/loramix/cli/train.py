@@ -17,8 +17,8 @@ from typer import Option
 from loramix.cli.opening import hush, import_quickly, no_collection, notice
 from loramix.cli.printing import print_table
 from loramix.errors import BadRequest
+from loramix.folders import own_library
 from loramix.library import Library
-from loramix.lm import own_library
 from loramix.train.plans import Export, Plan
 from loramix.train.plot import CAN_PLOT
 from loramix.train.processes import num_launched

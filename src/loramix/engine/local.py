@@ -1,7 +1,7 @@
 """The engine in this process: one running batch in which every request has its own mix.
 
-Prompts are read and checked by the caller's thread (prompts.py); the model runs in one of its own
-(core.py).
+Prompts are read and checked by the caller's thread (prompts.py, job.py); the model runs in one of
+its own (core.py).
 `generate`, `stream` and `score` all join the same running batch.
 """
 
@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import sys
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -23,37 +23,17 @@ from loramix.engine import Answer, Chunk, Request, Statistics
 from loramix.engine.cache import PrefixCache
 from loramix.engine.core import Core
 from loramix.engine.exact import exact_context, require_exact, vocabulary_size
-from loramix.engine.form import Forms
+from loramix.engine.job import Job, Jobs
 from loramix.engine.loaded import LoadedAdapters
 from loramix.engine.outbox import Outboxes
 from loramix.engine.prompts import Prompts, is_slow
-from loramix.engine.reader import Echo, Scorer, Writer
 from loramix.engine.residents import Resident
-from loramix.engine.sampler import Sampler, end_tokens
-from loramix.engine.scheduler import Reader, Scheduler, Task
-from loramix.engine.text import Detokenizer, StopStrings
+from loramix.engine.scheduler import Scheduler, Task
 from loramix.errors import BadRequest, Busy, EngineError, UnknownAdapter
 from loramix.library import Library
 from loramix.tiles import tiler_of
 
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What an answer comes to: tokens to compute, and a reader from the prompt's last one on."""
-
-    request: Request
-    tokens: Sequence[int]
-    num_prompt: int
-    limit: int  # tokens that are computed at most
-    reader: Reader
-    index: int = 0
-
-    @property
-    def first_read(self) -> int:
-        """The first token whose logits matter: the prompt's last, unless all of its own do."""
-        return self.num_prompt - 1 if self.request.sampling.prompt_logprobs is None else 0
 
 
 class LocalEngine:
@@ -114,16 +94,15 @@ class LocalEngine:
             base.model, self._scheduler, num_threads, tiler, together=self._outboxes.together
         )
         self._loaded = LoadedAdapters(base, library, self._core, adapter_bytes)
-        self._generation = base.model.generation_config
         vocabulary = vocabulary_size(base.model)
-        self._prompts = Prompts(
+        prompts = Prompts(
             base.tokenizer,
             vocabulary,
             context=self.context,
             token_bytes=self.token_bytes,
             kv_bytes=kv_bytes,
         )
-        self._forms = Forms(base.tokenizer, vocabulary, end_tokens(self._generation))
+        self._jobs = Jobs(base, prompts, vocabulary)
         self._core.start()
         self._closer = weakref.finalize(self, self._core.close)
         try:
@@ -197,7 +176,7 @@ class LocalEngine:
         EngineError, or AdapterError if it was an adapter that cannot be read or does not fit; the
         others are then cancelled.
         """
-        written = [one for request in requests for one in self._written(request, _ignore)]
+        written = [one for request in requests for one in self._jobs.written(request, _ignore)]
         tasks = self._finish([job for job, _ in written])
         return [
             writer.answer(task.num_cached_tokens, task.num_kept_tokens)
@@ -218,14 +197,9 @@ class LocalEngine:
             )
         if any(request.n != 1 or request.history != "exact" for request in requests):
             raise BadRequest("A score is one and exact; leave n and history as they are.")
-        jobs, scorers = [], []
-        for request, continuation in zip(requests, continuations, strict=True):
-            prompt, targets = self._prompts.continued(request, continuation)
-            scorers.append(Scorer(targets))
-            tokens = [*prompt, *targets[:-1]]
-            jobs.append(Job(request, tokens, len(prompt), len(tokens), scorers[-1]))
-        self._finish(jobs)
-        return [scorer.total for scorer in scorers]
+        scored = [self._jobs.scored(*pair) for pair in zip(requests, continuations, strict=True)]
+        self._finish([job for job, _ in scored])
+        return [scorer.total for _, scorer in scored]
 
     async def stream(self, request: Request) -> AsyncIterator[Chunk]:
         """Join the running batch and yield text as it comes; closing the iterator cancels.
@@ -237,7 +211,7 @@ class LocalEngine:
         send = partial(self._outboxes.here().put, events.put_nowait)
         if request.n > self._max_queue:
             raise BadRequest(f"n is {request.n}, but at most {self._max_queue} may wait at once.")
-        write = partial(self._written, request, send)
+        write = partial(self._jobs.written, request, send)
         written = await asyncio.to_thread(write) if is_slow(request) else write()
         jobs = [job for job, _ in written]
         await self._loaded.read(request.mix)
@@ -262,19 +236,6 @@ class LocalEngine:
                 self._abandon(task)
             for task in tasks:
                 self._core.cancel(task)
-
-    def _written(self, request: Request, send: Callable[[Chunk], None]) -> list[tuple[Job, Writer]]:
-        """A job and its writer for each of a request's answers."""
-        prompt = self._prompts.read(request)
-        request = self._prompts.fitted(request, len(prompt))
-        limit = len(prompt) + request.sampling.max_tokens - 1  # the last token is not computed
-        writers = [self._writer(request, prompt, index, send) for index in range(request.n)]
-        num_top = request.sampling.prompt_logprobs
-        return [
-            (Job(request, prompt, len(prompt), limit, reader, index), writer)
-            for index, writer in enumerate(writers)
-            for reader in [writer if num_top is None else Echo(prompt, num_top, writer)]
-        ]
 
     def _finish(self, jobs: Sequence[Job]) -> list[Task]:
         """Run all jobs to their end; if one fails, or the caller gives up, cancel the rest."""
@@ -340,25 +301,6 @@ class LocalEngine:
         """Let go what a task has that was never submitted."""
         task.done.cancel()
         self._scheduler.room.release()
-
-    def _writer(
-        self, request: Request, prompt: Sequence[int], index: int, send: Callable[[Chunk], None]
-    ) -> Writer:
-        sampling, config = request.sampling, self._generation
-        self._prompts.require_room(len(prompt), sampling.max_tokens)
-        self._prompts.require_tokens(sampling.logit_bias, "logit_bias")
-        form = self._forms.follow(sampling.schema) if sampling.schema is not None else None
-        return Writer(
-            Sampler(sampling, config, prompt, index, form),
-            Detokenizer(self.base.tokenizer, prompt),
-            StopStrings(sampling.stop),
-            end=end_tokens(config),
-            num_prompt_tokens=len(prompt),
-            max_tokens=sampling.max_tokens,
-            logprobs=sampling.logprobs,
-            index=index,
-            send=send,
-        )
 
 
 def _context(base: Base, wanted: int | None) -> int:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from loramix.errors import BaseError
+from loramix.folders import POCKET_BASE
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-POCKET = Path(__file__).parents[1] / "pocket" / "base"  # as in base.py, which loads torch
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _QUANTISED = ": it is quantised; give the unquantised model that it was made from."
@@ -63,7 +63,7 @@ def open_config(source: str) -> PreTrainedConfig:
     """The config of a base: "pocket", a folder, or a hub id. Raises BaseError."""
     from transformers import AutoConfig
 
-    path = str(POCKET) if source == "pocket" else source
+    path = str(POCKET_BASE) if source == "pocket" else source
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -77,7 +77,7 @@ def open_config(source: str) -> PreTrainedConfig:
 
 def open_checkpoint(source: str) -> Checkpoint:
     """The model in a folder, or "pocket". BaseError if it has no safetensors, or is quantised."""
-    folder = POCKET if source == "pocket" else Path(source)
+    folder = POCKET_BASE if source == "pocket" else Path(source)
     if not (folder / "config.json").is_file():
         raise BaseError(f"{source} has no config.json; expected the folder of a whole model.")
     config = open_config(str(folder))

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 from loramix.adapter import Adapter
 from loramix.errors import HubError, MergeError
+from loramix.folders import POCKET_LIBRARY
 from loramix.formats import peft
 from loramix.formats.hub import fetch, is_hub_id
 from loramix.formats.publish import plan, push
@@ -29,7 +30,6 @@ from loramix.merge.stream import Into, base_folder, merge_into
 from loramix.mix import Mix, slug
 
 Settings = Mapping[str, float] | Iterable[str]
-POCKET_LIBRARY = Path(__file__).parents[1] / "pocket" / "library"
 
 
 def merge(

@@ -21,8 +21,8 @@ from pathlib import Path
 from torch import Tensor
 
 from loramix.adapter import Adapter, Card
-from loramix.base import POCKET
 from loramix.errors import MergeError
+from loramix.folders import POCKET_BASE
 from loramix.formats.card import write_card
 from loramix.formats.hub import fetch, is_hub_id
 from loramix.formats.licences import stated_licence, strictest
@@ -109,7 +109,7 @@ def _told(out: Path) -> Iterator[None]:
 def base_folder(base: str, revision: str | None = None) -> Path:
     """Where the files of a base are: a folder, "pocket", or a hub id that is fetched if need be."""
     if base == "pocket":
-        return POCKET / "base"
+        return POCKET_BASE
     if Path(base).is_dir() or not is_hub_id(base):
         return Path(base)
     return fetch(

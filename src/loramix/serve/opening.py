@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from loramix.adapter import Adapter
 from loramix.errors import AdapterError, LoramixError, SettingsError, UnknownAdapter
+from loramix.folders import own_database, own_library
 from loramix.formats.config import interpret, load_config
 from loramix.formats.folder import CONFIG, find_weights
 from loramix.formats.hub import is_hub_id
 from loramix.library import Library
-from loramix.lm import ROUTER, check_mix, has_router, own_library
+from loramix.lm import ROUTER, check_mix, has_router
 from loramix.mix import Mix
 from loramix.route.saved import state
 from loramix.serve.service import Live, Service
@@ -40,7 +41,7 @@ def open_service(settings: Settings, *, insecure: bool = False) -> Service:
     for error in _problems(settings):
         raise error
     shelf, base = settings.shelf, settings.model
-    url = settings.database or lm.own_database()
+    url = settings.database or own_database()
     with ExitStack() as opened:
         store = opened.enter_context(Store.open(url))
         for key in settings.keys:

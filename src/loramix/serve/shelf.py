@@ -6,8 +6,8 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from loramix.folders import POCKET_LIBRARY, default_library, own_library
 from loramix.formats.aside import aside
-from loramix.lm import POCKET_LIBRARY, default_library, own_library
 
 
 def working_library(base: str) -> Path:

@@ -12,10 +12,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loramix.errors import FormatError
+from loramix.folders import POCKET_BASE
 from loramix.formats.checkpoint import open_checkpoint
 from loramix.formats.gguf.model import write_model
 from loramix.formats.gguf.vocab import _LLAMA3, _QWEN2, vocabulary
-from loramix.lm import POCKET
 from tests.formats.gguf.families import family_model
 from tests.formats.gguf.llamacpp import LlamaCpp
 from tests.tiny import MERGES, SPECIAL, tiny_tokenizer
@@ -122,7 +122,7 @@ def test_real_tokenizers(name, data_dir, tmp_path):
 
 
 def test_pocket_speaks_in_llama_cpp_as_here(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(POCKET / "base")
+    tokenizer = AutoTokenizer.from_pretrained(POCKET_BASE)
     said = []
     file = tmp_path / "pocket.gguf"
     write_model(open_checkpoint("pocket"), tokenizer, file, kind="f32", tell=said.append)
