@@ -91,7 +91,7 @@ def learn(
     begun = state(shelf.folder / ROUTER)
     router = _router(shelf, materials) if plan.fit_router else None
     tell("Judging ...")
-    judged = [_judged(base, m, adapters, router) for m in materials if m.validation]
+    judged = _judged(plan, base, materials, adapters, router)
     scores = {one.name: one for one in judged}
     log = entries(plan.output / LOG)
     for adapter, course, material in zip(adapters, courses, materials, strict=True):
@@ -141,8 +141,11 @@ def assist(plan: Plan, processes: Processes) -> None:
     materials = gather(plan, base)
     processes.wait()  # until the first one has emptied the folder of a run that begins anew
     courses = [course_of(material, base) for material in materials]
+    run = replace(plan.run, processes=processes)
     with rounded_products(base.device, wanted=plan.tf32):
-        train(base, courses, replace(plan.run, processes=processes))
+        adapters = train(base, courses, run)
+    if run.sharded:
+        _judged(replace(plan, run=run), base, materials, adapters)
 
 
 def taken_up(plan: Plan) -> Plan:
@@ -152,7 +155,14 @@ def taken_up(plan: Plan) -> Plan:
 
 
 def open_planned(plan: Plan) -> Base:
-    return open_base(plan.base, dtype=plan.dtype, revision=plan.revision, quantize=plan.quantize)
+    """A plan's base; one that is to be spread over processes on the CPU, as it may fit no GPU."""
+    return open_base(
+        plan.base,
+        dtype=plan.dtype,
+        device="cpu" if plan.run.sharded else "auto",
+        revision=plan.revision,
+        quantize=plan.quantize,
+    )
 
 
 def check_names(plan: Plan, shelf: Library) -> None:
@@ -200,22 +210,45 @@ def _save_router(
 
 
 def _judged(
-    base: Base, material: Material, adapters: Sequence[Adapter], router: GateRouter | None
+    plan: Plan,
+    base: Base,
+    materials: Sequence[Material],
+    adapters: Sequence[Adapter],
+    router: GateRouter | None = None,
+) -> list[Judged]:
+    """How well validation rows are known. All processes compute it of a base that they share."""
+    found = []
+    for material in materials:
+        if material.validation:
+            mixes = _mixes(material, adapters, router)
+            if plan.run.sharded:
+                mixes = plan.run.processes.agreed(mixes)
+            found.append(_compared(base, material, adapters, mixes))
+    return found
+
+
+def _mixes(
+    material: Material, adapters: Sequence[Adapter], router: GateRouter | None
+) -> list[Mix] | None:
+    """Where each validation row is routed to, if all of them are, and to these adapters."""
+    if not router or any(len(s.example.messages) < 2 for s, _ in material.validation):
+        return None
+    mixes = [router.route(s.example.messages[:-1]).mix for s, _ in material.validation]
+    here = {adapter.name for adapter in adapters}
+    return mixes if all(set(mix) <= here for mix in mixes) else None
+
+
+def _compared(
+    base: Base, material: Material, adapters: Sequence[Adapter], mixes: Sequence[Mix] | None
 ) -> Judged:
     rows = [row for _, row in material.validation]
     own = Mix({material.plan.name: 1.0})
-    routed = None
-    if router and all(len(s.example.messages) > 1 for s, _ in material.validation):
-        mixes = [router.route(s.example.messages[:-1]).mix for s, _ in material.validation]
-        here = {adapter.name for adapter in adapters}
-        if all(set(mix) <= here for mix in mixes):
-            routed = mean_loss(base, adapters, rows, mixes)
     return Judged(
         name=material.plan.name,
         num_rows=len(rows),
         base=mean_loss(base, adapters, rows, [Mix()] * len(rows)),
         expert=mean_loss(base, adapters, rows, [own] * len(rows)),
-        routed=routed,
+        routed=None if mixes is None else mean_loss(base, adapters, rows, mixes),
     )
 
 

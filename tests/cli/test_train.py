@@ -21,6 +21,9 @@ LAUNCHERS = {
     "accelerate": ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
                    "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
                    "--dynamo_backend", "no"],
+    "fsdp": ["accelerate.commands.accelerate_cli", "launch", "--use_fsdp", "--fsdp_version", "2",
+             "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+             "--dynamo_backend", "no"],
 }  # fmt: skip
 
 

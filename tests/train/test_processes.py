@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from loramix.errors import TrainError
+from loramix.mix import Mix
 from loramix.train.checkpoint import found
 from loramix.train.config import Run
 from loramix.train.loop import Stopped, train
+from loramix.train.measure import mean_loss
 from loramix.train.processes import MEETING, Processes, check_launcher, together
+from loramix.train.sharding import check_shardable, shard
 from tests.tiny import tiny_base
 from tests.train.small import COLOURS, SETTINGS, SOUNDS, course
 
@@ -66,6 +69,55 @@ def test_two_processes_learn_what_one_does(tmp_path):
             assert one.validation == pytest.approx(other.validation, rel=1e-5)
 
 
+MIXES = [Mix({"a": 1.0}), Mix(), Mix({"a": 0.5, "b": 2.0})]
+
+
+def plain(base):
+    odd = dataclasses.replace(SETTINGS, batch_size=3, epochs=5, validate_every=2)
+    single = dataclasses.replace(SETTINGS, batch_size=1, max_steps=6)
+    return [course(base, "a", SOUNDS, odd), course(base, "b", COLOURS, single)]
+
+
+def spread(processes):
+    """What one process learns over a whole base, and over one that is spread, and judges by it."""
+    base, seen = tiny_base(), []
+    whole = train(base, plain(base), Run(processes=processes))
+    run = Run(sharded=True, processes=processes, checkpointing=True)
+    experts = train(base, plain(base), run, seen.append)
+    loss = mean_loss(base, experts, plain(base)[0].validation, processes.agreed(MIXES))
+    held = sum(weight.to_local().numel() for weight in base.model.parameters())
+    return whole, experts, seen, loss, held
+
+
+def test_two_processes_that_share_a_base_learn_what_two_whole_ones_do_to_the_bit():
+    base, steps = tiny_base(), []
+    alone = train(base, plain(base), Run(), steps.append)
+    wanted = mean_loss(base, alone, plain(base)[0].validation, MIXES)
+    with together(2, spread) as processes:
+        whole, experts, seen, loss, held = spread(processes)
+    assert [one.digest for one in experts] == [one.digest for one in whole]
+    alike(experts, alone)
+    size = sum(weight.numel() for weight in base.model.parameters())
+    assert held == pytest.approx(size / 2, rel=0.05)
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    for one, other in zip(seen, steps, strict=True):
+        assert (one.name, one.step) == (other.name, other.step)
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        if other.validation is not None:
+            assert one.validation == pytest.approx(other.validation, rel=1e-5)
+            assert one.accuracy == pytest.approx(other.accuracy)
+
+
+def test_what_reads_whole_matrices_is_refused_where_they_are_spread():
+    with pytest.raises(TrainError, match="x: use_dora reads whole matrices, which fsdp spreads"):
+        check_shardable({"x": dataclasses.replace(SETTINGS, dora=True)})
+    with pytest.raises(TrainError, match="x: olora_init reads whole matrices"):
+        check_shardable({"x": dataclasses.replace(SETTINGS, start="olora")})
+    rounded = dataclasses.replace(tiny_base(), quantized="nf4")
+    with pytest.raises(TrainError, match="fsdp spreads no nf4 matrices; drop quantization_bit"):
+        shard(rounded)
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_where_they_were_stopped(tmp_path):
     experts, _ = by_two(tmp_path / "whole")
@@ -114,8 +166,12 @@ def test_what_a_launcher_was_told_and_is_not_done_is_refused(monkeypatch):
         TrainError, match=r"mixed_precision: bf16 of .* is refused: the training file says it"
     ):
         check_launcher(meeting | {"ACCELERATE_MIXED_PRECISION": "bf16"})
-    with pytest.raises(TrainError, match="every process holds the whole base"):
-        check_launcher(meeting | {"ACCELERATE_USE_FSDP": "true"})
+    fsdp = meeting | {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
+    check_launcher(fsdp)
+    with pytest.raises(TrainError, match="what is spread stays on its device"):
+        check_launcher(fsdp | {"FSDP_OFFLOAD_PARAMS": "true"})
+    with pytest.raises(TrainError, match=r"use_deepspeed: true of .* is refused: use FSDP"):
+        check_launcher(meeting | {"ACCELERATE_USE_DEEPSPEED": "true"})
     with pytest.raises(TrainError, match="WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR"):
         check_launcher({"WORLD_SIZE": "2"})
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from loramix.cli.bars import bars
 from loramix.cli.opening import hush, import_quickly, no_collection, notice
 from loramix.cli.printing import print_table
 from loramix.errors import BadRequest
@@ -21,7 +22,7 @@ from loramix.folders import own_library
 from loramix.library import Library
 from loramix.train.plans import Export, Plan
 from loramix.train.plot import CAN_PLOT
-from loramix.train.processes import num_launched
+from loramix.train.processes import is_sharded_by_launcher, num_launched
 from loramix.train.recipe import merging, plan, read_plan, read_values
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def work(
 
     if resume:
         found = taken_up(found)
+    found = _spread(found)
     with together(1 if dry_run else found.processes, partial(assist, found)) as processes:
         if processes.is_first:
             own = replace(found, run=replace(found.run, processes=processes))
@@ -140,6 +142,16 @@ def work(
         elif not dry_run:  # one of those that a launcher began
             with _stopping(alone=False) as stopped:
                 assist(replace(found, run=replace(found.run, stopped=stopped)), processes)
+
+
+def _spread(found: Plan) -> Plan:
+    """The plan with a base that is spread over its processes if it or the launcher says so."""
+    asked = found.run.sharded or is_sharded_by_launcher()
+    several = max(found.processes, num_launched()) > 1
+    notes = found.notes
+    if asked and not several:
+        notes = (*notes, "fsdp is passed over: there is one process to hold the base.")
+    return replace(found, run=replace(found.run, sharded=asked and several), notes=notes)
 
 
 def _lead(found: Plan, *, dry_run: bool, preview: int, resume: bool, feed: Feed | None) -> None:
@@ -168,7 +180,7 @@ def _lead(found: Plan, *, dry_run: bool, preview: int, resume: bool, feed: Feed 
         _print_plan(found, materials, [num_trained(opened, one) for one in settings])
         return
     alone = found.run.processes.count == 1
-    with _stopping(alone=alone) as stopped, _bars() as shown:
+    with _stopping(alone=alone) as stopped, bars() as shown:
         run = replace(found.run, stopped=stopped)
         report, tell = _told(shown, feed)
         outcome = learn(replace(found, run=run), opened, materials, report, tell, resume=resume)
@@ -307,50 +319,3 @@ def _stopping(*, alone: bool) -> Iterator[Any]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _bars() -> Iterator[Any]:
-    """A bar an expert on a terminal; a line a validation elsewhere."""
-    if not sys.stderr.isatty():
-        yield _line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    from loramix.train.memory import used_bytes
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[told]}"),
-    )
-    tasks: dict[str, Any] = {}
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-
-        def report(progress: Progress) -> None:
-            known = tasks.get(progress.name)
-            if known is None:
-                known = tasks[progress.name] = bars.add_task(progress.name, total=1, told="")
-            told = (
-                f"loss {progress.loss:.3f}, {progress.tokens_per_s:,.0f} tokens/s, "
-                f"{used_bytes() / 2**20:,.0f} MiB"
-            )
-            bars.update(known, completed=progress.step, total=progress.num_steps, told=told)
-
-        yield report
-
-
-def _line(progress: Progress) -> None:
-    if progress.validation is not None or progress.step == progress.num_steps:
-        held = ""
-        if progress.validation is not None and progress.accuracy is not None:
-            held = f", validation {progress.validation:.4f} ({progress.accuracy:.1%} of tokens)"
-        typer.echo(
-            f"{progress.name} {progress.step}/{progress.num_steps}: loss {progress.loss:.4f}{held},"
-            f" {progress.tokens_per_s:,.0f} tokens/s",
-            err=True,
-        )

@@ -83,7 +83,7 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 def _lines(rows: Sequence[Row], tokens: int, packing: bool) -> list[list[Row]]:
     """The rows that share a line: each by itself, or first-fit by decreasing length."""
-    if not packing:
+    if not packing or not rows:
         return [[row] for row in rows]
     room = min(tokens, max(len(row.ids) for row in rows))
     lines: list[list[Row]] = []

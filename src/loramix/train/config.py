@@ -118,6 +118,7 @@ class Run:
     resume_from: Path | None = None  # a checkpoint to go on from, instead of the newest one
     save_every: int | None = None  # rounds; None: when an expert is validated, or would be
     keep: int = 2  # newest checkpoints kept
+    sharded: bool = False  # the base lies in parts on them; else whole on each
     processes: Processes = field(default_factory=Processes)  # that compute it, each a part
     stopped: Callable[[], bool] = never  # asked after every round
 

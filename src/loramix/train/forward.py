@@ -58,7 +58,8 @@ def known(mixed: MixedModel, batch: Batch, *, bf16: bool = False) -> tuple[float
     logits, labels, lines = _predicted(mixed, batch, bf16=bf16)
     loss = F.cross_entropy(logits.float(), labels, reduction="sum")
     hits = (logits.argmax(1) == labels).double()
-    return loss.item(), sum(part.mean().item() for part in hits.split_with_sizes(lines))
+    shares = [part.mean().item() for part in hits.split_with_sizes(lines) if len(part)]
+    return loss.item(), sum(shares)
 
 
 def _predicted(mixed: MixedModel, batch: Batch, *, bf16: bool) -> tuple[Tensor, Tensor, list[int]]:

@@ -33,6 +33,11 @@ OPTIMIZERS: Choice = {
 }
 MIXES: Choice = {name: name for name in MIXED}
 REPORTS: Choice = {"none": "none", "tensorboard": "tensorboard"}
+FSDP: Choice = {  # as transformers has them; in any case layer by layer
+    "no": "no",
+    "full_shard": "full",
+    "full_shard auto_wrap": "full",
+}
 METRICS: Choice = {
     "loss": "loss",
     "eval_loss": "loss",
@@ -127,6 +132,7 @@ OF_RUN: dict[str, Kind] = {
     "streaming": bool,
     "export_dir": str,
     "export_size": POSITIVE,
+    "fsdp": FSDP,
     "processes": COUNT,
 }
 ALIASES = {"evaluation_strategy": "eval_strategy", "run_name": "name"}
@@ -162,8 +168,8 @@ PASSED_OVER = {
     "infer_backend": "loramix serves with its own engine",
     "export_device": "tensors are merged on the CPU, a few at a time",
     "export_legacy_format": "models are safetensors",
-    "deepspeed": "every process holds the whole base",
-    "fsdp": "every process holds the whole base",
+    "deepspeed": "a base is spread over processes by fsdp",
+    "fsdp_config": "layers are spread one by one",
 }
 # and keys that begin so
 PREFIXES = {

@@ -39,6 +39,7 @@ from loramix.train.learner import Course, Judgement, Learner
 from loramix.train.memory import LEVERS
 from loramix.train.noise import disturbed
 from loramix.train.processes import Processes
+from loramix.train.sharding import check_shardable, in_step, shard
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -71,15 +72,18 @@ def train(
 ) -> list[Adapter]:
     """Learn an expert for each course, all in one pass, and return them in order.
 
-    The base is wrapped while they learn and given back as it was, frozen. With a folder in `run`
-    the newest checkpoint there is taken up again; in float32 on a CPU the result is then the same
-    to the bit. Raises TrainError if there is nothing to learn or a loss stops being a number, and
-    Stopped.
+    The base is wrapped while they learn and given back as it was, frozen; one that is to be spread
+    over the processes stays so. With a folder in `run` the newest checkpoint there is taken up
+    again; in float32 on a CPU the result is then the same to the bit. Raises TrainError if there is
+    nothing to learn or a loss stops being a number, and Stopped.
     """
     names = [course.card.name for course in courses]
     if not names or len(set(names)) < len(names):
         raise TrainError(f"Expected experts of different names; got {', '.join(names) or 'none'}.")
     run = run or Run()
+    if run.sharded:
+        check_shardable({course.card.name: course.settings for course in courses})
+        shard(base)
     if run.packing:
         check_packing(base.model)
     mixed = MixedModel(base.model)
@@ -168,6 +172,8 @@ class _Pass:
 
     def _shrink(self, living: Sequence[Learner], steps: Sequence[Sequence[Row]]) -> None:
         longest = max(len(row.ids) for step in steps for row in step)
+        if self.run.sharded:  # the others would wait for as many batches as before
+            raise TrainError(f"Out of memory; {LEVERS}.") from None
         if self.micro_tokens <= longest:
             raise TrainError(f"Out of memory with one row of {longest} tokens; {LEVERS}.") from None
         self.micro_tokens = max(longest, self.micro_tokens // 2)
@@ -205,6 +211,8 @@ def gradients(
         rows=run.micro_rows,
         packing=run.packing,
     )
+    if run.sharded:
+        batches = in_step(batches, len(steps), run.processes)
     for batch in batches:
         parts = _backward(mixed, learners, batch, counts, run)
         sums = [total + part for total, part in zip(sums, parts, strict=True)]
@@ -258,7 +266,10 @@ def validated(mixed: MixedModel, learner: Learner, run: Run) -> Judgement:
     if learner.is_remade:
         learner.bind()
     loss = accuracy = 0.0
-    for batch in judged_batches(mixed.model, run.processes.part(rows)):
+    batches = judged_batches(mixed.model, run.processes.part(rows))
+    if run.sharded:
+        batches = in_step(batches, 1, run.processes)
+    for batch in batches:
         with mixed.active.using(*gates([learner], batch.counts, learning=False)):
             parts = known(mixed, batch, bf16=run.bf16)
         loss, accuracy = loss + parts[0], accuracy + parts[1]

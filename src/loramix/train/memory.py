@@ -113,8 +113,9 @@ def estimate(
     size = base.dtype.itemsize
     logit = size + 4 * (size < 4)  # as computed, and as the loss takes it
     judged = [_longest(judged_batches(base.model, own)) for own in validation if own]
+    whole = sum(p.nbytes for p in (*base.model.parameters(), *base.model.buffers()))
     return Estimate(
-        base=sum(p.nbytes for p in (*base.model.parameters(), *base.model.buffers())),
+        base=whole // run.processes.count if run.sharded else whole,
         experts=sum(
             count * (OF_WEIGHT[one.optimizer] + 4 * one.keep_best)
             for count, one in zip(weights, settings, strict=True)

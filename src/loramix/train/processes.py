@@ -33,16 +33,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Row = TypeVar("Row")
+Value = TypeVar("Value")
 POLL_S = 0.1
 PATIENCE_S = 10.0  # for a process that is about to end
 MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 # what an accelerate configuration may ask for beside several processes, and why it is refused
 LAUNCHED = {
-    "ACCELERATE_MIXED_PRECISION": ("no", "the training file says it (bf16)"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "the training file says it"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "layers are not compiled"),
-    "ACCELERATE_USE_DEEPSPEED": ("false", "every process holds the whole base"),
-    "ACCELERATE_USE_FSDP": ("false", "every process holds the whole base; use MULTI_GPU"),
+    "ACCELERATE_MIXED_PRECISION": (("no",), "the training file says it (bf16)"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "the training file says it"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "layers are not compiled"),
+    "ACCELERATE_USE_DEEPSPEED": (("false",), "use FSDP, or MULTI_GPU"),
+    "FSDP_SHARDING_STRATEGY": (("full_shard", "1"), "the whole base is spread"),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true", "full_shard"), "a layer is gathered when needed"),
+    "FSDP_OFFLOAD_PARAMS": (("false",), "what is spread stays on its device"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "the training file says it"),
 }
 
 
@@ -91,6 +95,18 @@ class Processes:
         """Whether it is so in any process."""
         return self.totals([here])[0] > 0
 
+    def most(self, here: int) -> int:
+        """The largest number that any process has."""
+        return int(max(self.totals([here * (k == self.number) for k in range(self.count)])))
+
+    def agreed(self, value: Value) -> Value:
+        """What the first process has, in all of them; must be picklable."""
+        from torch import distributed
+
+        told = [value]
+        distributed.broadcast_object_list(told)
+        return told[0]
+
     def wait(self) -> None:
         """Until all processes are here."""
         self.any(False)
@@ -127,6 +143,11 @@ def num_launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_sharded_by_launcher() -> bool:
+    """Whether accelerate's configuration asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def check_launcher(environment: Mapping[str, str]) -> None:
     """TrainError for a launcher's settings that lack something, or that would be ignored."""
     if missing := [name for name in MEETING if name not in environment]:
@@ -135,7 +156,7 @@ def check_launcher(environment: Mapping[str, str]) -> None:
             f"start it by torchrun or `accelerate launch`, or unset WORLD_SIZE."
         )
     for name, (allowed, reason) in LAUNCHED.items():
-        if environment.get(name, allowed).lower() != allowed:
+        if environment.get(name, allowed[0]).lower() not in allowed:
             option = name.removeprefix("ACCELERATE_").lower()
             raise TrainError(
                 f"{option}: {environment[name]} of accelerate's configuration is refused: {reason}."

@@ -256,6 +256,7 @@ def _run(values: Mapping[str, Any], output: Path, num_experts: int) -> Run:
         folder=None if strategy == "no" else output,
         resume_from=Path(resume) if isinstance(resume, str) else None,
         save_every=every,
+        sharded=values.get("fsdp") == "full",
         keep=values.get("save_total_limit", 2),
     )
 
