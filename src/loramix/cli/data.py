@@ -13,6 +13,7 @@ import typer
 
 from loramix.chat import Message
 from loramix.cli.opening import hush, notice
+from loramix.cli.rows import show_row
 from loramix.errors import BadRequest
 from loramix.train.dataset import MAX_BAD, Loaded, Sample, accepted, listed, load, to_rows
 
@@ -36,9 +37,9 @@ def check(
     with notice("Reading the tokenizer ..."):
         rows, problems = to_rows(_tokenizer(base), loaded.samples, max_length)
     every = [*loaded.problems, *problems]
+    accepted(Loaded([sample for sample, _ in rows], every), str(file), max_bad=max_bad)
     if every:
         typer.echo(f"Bad rows: {listed(every)}.", err=True)
-    accepted(Loaded([sample for sample, _ in rows], every), str(file), max_bad=max_bad)
     lengths = sorted(len(row.ids) for _, row in rows)
     learned = sum(row.num_learned for _, row in rows)
     twins = len(rows) - len({row.ids for _, row in rows})
@@ -53,21 +54,17 @@ def check(
 def preview_(
     file: File, base: Base = "pocket", rows: int = 3, max_length: MaxLength = 1024
 ) -> None:
-    """Show rows as the model reads them; what is learned stands in [[double brackets]]."""
-    from loramix.train.data import preview
-
+    """Show rows as the model reads them; what is learned is green, or in [[brackets]] in a pipe."""
     hush()
     samples = load(file, max_rows=rows)
     tokenizer = _tokenizer(base)
     found, problems = to_rows(tokenizer, samples.samples, max_length, truncate=True)
     every = [*samples.problems, *problems]
+    accepted(Loaded([sample for sample, _ in found], every), str(file), max_bad=1.0)
     if every:
         typer.echo(f"Bad rows: {listed(every)}.", err=True)
-    accepted(Loaded([sample for sample, _ in found], every), str(file), max_bad=1.0)
     for sample, row in found:
-        typer.echo(f"line {sample.line}: {len(row.ids)} tokens, {row.num_learned} learned")
-        pieces = preview(tokenizer, row)
-        typer.echo("".join(f"[[{text}]]" if learned else text for text, learned in pieces))
+        show_row(tokenizer, sample, row)
 
 
 @data.command()

@@ -17,6 +17,7 @@ from typer import Option
 from loramix.cli.bars import bars
 from loramix.cli.opening import hush, import_quickly, no_collection, notice
 from loramix.cli.printing import print_table
+from loramix.cli.rows import show_row
 from loramix.errors import BadRequest
 from loramix.folders import own_library
 from loramix.library import Library
@@ -26,7 +27,6 @@ from loramix.train.processes import is_sharded_by_launcher, num_launched
 from loramix.train.recipe import merging, plan, read_plan, read_values
 
 if TYPE_CHECKING:
-    from loramix.base import Base
     from loramix.jobs import Judged, Outcome
     from loramix.material import Material
     from loramix.train.feed import Feed
@@ -168,7 +168,8 @@ def _lead(found: Plan, *, dry_run: bool, preview: int, resume: bool, feed: Feed 
     _tell(found, materials)
     if preview:
         for material in materials:
-            show_rows(opened, material, preview)
+            for sample, row in material.learned[:preview]:
+                show_row(opened.tokenizer, sample, row)
     settings = [material.plan.settings for material in materials]
     rows = [[row for _, row in material.learned] for material in materials]
     judged = [[row for _, row in material.validation] for material in materials]
@@ -229,23 +230,6 @@ def _values(changes: list[str]) -> dict[str, Any]:
     import yaml
 
     return {word.partition("=")[0]: yaml.safe_load(word.partition("=")[2]) for word in changes}
-
-
-def show_rows(base: Base, material: Material, count: int) -> None:
-    """Rows as the model reads them; what it learns is green, or in double brackets in a pipe."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from loramix.train.data import preview
-
-    console = Console(highlight=False)
-    for sample, row in material.learned[:count]:
-        text = Text(f"{sample.file}, line {sample.line}: {len(row.ids)} tokens, ")
-        text.append(f"{row.num_learned} learned\n", "bold")
-        for piece, learned in preview(base.tokenizer, row):
-            shown = piece if console.is_terminal or not learned else f"[[{piece}]]"
-            text.append(shown, "green" if learned else "dim")
-        console.print(text, soft_wrap=True)
 
 
 def _tell(found: Plan, materials: list[Material]) -> None:
