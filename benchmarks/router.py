@@ -279,7 +279,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--cache", type=Path, help="keep the vectors in this .npz file")
     options = parser.parse_args()
-    world = World(Memo(options.cache), clinc(), banking(), domains(), 1 if options.quick else 3)
+    world = World(Memo(options.cache), clinc(), banking(), domains(), 1 if options.quick else 3, {})
     found: list[Row] = []
     for name in options.parts or PARTS:
         started = time.perf_counter()

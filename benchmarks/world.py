@@ -35,19 +35,24 @@ class Row(NamedTuple):
 
 
 class World(NamedTuple):
-    """The data sets, the encoder and how often to draw."""
+    """The data sets, the encoder, how often to draw, and the routers that parts have fitted."""
 
     memo: Memo
     clinc: dict[str, Pairs]
     banking: dict[str, Pairs]
     domain: dict[str, str]
     draws: int
+    fitted: dict[int, GateRouter]
 
     def broad(self, split: str) -> Pairs:
         return [(text, self.domain[intent]) for text, intent in self.clinc[split]]
 
     def ours(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
-        return GateRouter.fit(examples, encoder=self.memo)
+        """Fitted once, whichever parts ask; the order of examples does not matter to it."""
+        key = hash(frozenset((route, *sorted(group)) for route, group in examples.items()))
+        if key not in self.fitted:
+            self.fitted[key] = GateRouter.fit(examples, encoder=self.memo)
+        return self.fitted[key]
 
     def theirs(self, examples: Mapping[str, Sequence[str]]) -> IndexedRouter:
         return peer(examples, self.memo)

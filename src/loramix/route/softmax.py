@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loramix.route.ngrams import Floats, Ints, Sparse
+from loramix.route.twins import Twins
 
 Rows: TypeAlias = Sparse | Floats
 
@@ -56,16 +57,33 @@ def fit_softmax(
     Every class weighs the same however many rows it has, so a big data set cannot swamp a small
     one. `start` has a column per class, each of which has a row at least. Deterministic.
     """
-    balance = _balance(labels, strength)[:, None]
-    target = np.eye(len(start.bias), dtype=np.float32)[labels]
-    data, transposed = _operators(rows, len(start.weights))
+    if isinstance(rows, Sparse):
+        twins = Twins.of(rows, len(start.weights))
+        folded = Softmax(twins.folded(start.weights), start.bias)
+        found = _fit(twins.rows, labels, folded, strength, steps)
+        return Softmax(twins.spread(found.weights), found.bias)
+    return _fit(rows, labels, start, strength, steps)
+
+
+def _fit(data: Any, labels: Ints, start: Softmax, strength: float, steps: int) -> Softmax:
+    """`data` is anything that multiplies by the rows."""
+    transposed = data.T if isinstance(data, np.ndarray) else data.T.tocsr()
+    balance, at = _balance(labels, strength), np.arange(len(labels))
 
     def loss(packed: Floats) -> tuple[float, Floats]:
-        weights, bias = packed[:-1], packed[-1]
-        log_probs = log_softmax(data @ weights + bias)
-        error = balance * (np.exp(log_probs) - target)
-        slope = np.vstack([transposed @ error + weights, error.sum(0)])
-        nll = -float((balance * target * log_probs).sum(dtype=np.float64))
+        weights = packed[:-1]
+        logits = data @ weights
+        logits += packed[-1]
+        logits -= logits.max(axis=1, keepdims=True)
+        own = logits[at, labels]
+        error = np.exp(logits, out=logits)
+        total = error.sum(axis=1)
+        error *= (balance / total)[:, None]
+        error[at, labels] -= balance
+        slope = np.empty_like(packed)
+        np.add(transposed @ error, weights, out=slope[:-1])
+        slope[-1] = error.sum(axis=0)
+        nll = float((balance * (np.log(total) - own)).sum(dtype=np.float64))
         return nll + 0.5 * float(np.vdot(weights, weights)), slope
 
     found = minimise(loss, np.vstack([start.weights, start.bias]), steps)
