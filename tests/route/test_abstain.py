@@ -86,7 +86,8 @@ def test_another_target_moves_thresholds_only() -> None:
 def test_signs_are_finite_for_any_number_of_adapters(adapters: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     log_probs = log_softmax(rng.normal(scale=30, size=(7, adapters + 1)).astype(np.float32))
-    found = signs(Evidence(log_probs, rng.random((7, 5)).astype(np.float32)))
+    near = rng.random((7, 5), np.float32)
+    found = signs(Evidence(log_probs, near, rng.random(7, np.float32)))
     assert found.shape == (7, len(SIGNS))
     assert np.isfinite(found).all()
 

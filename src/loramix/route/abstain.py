@@ -1,8 +1,9 @@
 """When no adapter fits, the base answers: one in-scope score, and a threshold with a stated target.
 
-No single sign of a foreign query wins everywhere, so four are combined by one logistic regression:
+No single sign of a foreign query wins everywhere, so five are combined by one logistic regression:
 the gate's odds against its background class, the best adapter's own odds, its lead over the second,
-and the similarity to the nearest stored examples. It learns from held-out rows of the adapters
+the similarity to the nearest stored examples, and how that compares with their likeness among
+themselves. It learns from held-out rows of the adapters
 against foreign ones: generic background queries (far), and rows of adapters scored by a gate that
 was fitted without them (near, and free).
 
@@ -26,8 +27,15 @@ from loramix.route.ngrams import Floats, Ints
 NEIGHBOURS = 5
 STEADY = 5  # rows below a threshold that make it one adapter's own
 SHRUNK = 10.0  # strength of the data, all rows together, where the signs are weighed
-UNFITTED = (1.0, 0.0, 0.0, 0.0, 0.0)  # weights of the signs when no row could be held out
-SIGNS = ("odds against the background", "odds of the best", "lead", "nearest", "five nearest")
+UNFITTED = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # weights of the signs when no row could be held out
+SIGNS = (
+    "odds against the background",
+    "odds of the best",
+    "lead",
+    "nearest",
+    "five nearest",
+    "nearer than they are to each other",
+)
 
 
 class Evidence(NamedTuple):
@@ -35,6 +43,7 @@ class Evidence(NamedTuple):
 
     log_probs: Floats  # [N, K + 1], the last column is the background class
     nearest: Floats  # [N, NEIGHBOURS] cosines to the closest stored examples, best first
+    stands_out: Floats  # [N], how these compare with the examples' likeness among themselves
 
 
 def background() -> tuple[str, ...]:
@@ -78,6 +87,7 @@ def signs(evidence: Evidence) -> Floats:
         np.minimum(lead, 10),
         evidence.nearest[:, 0],
         evidence.nearest.mean(axis=1),
+        evidence.stands_out,
     ]
     return np.stack(columns, axis=1).astype(np.float32)
 

@@ -116,4 +116,5 @@ def compare(batch: Batch, gate: Gate, neighbours: Neighbours) -> tuple[Evidence,
     log_probs = gate.log_probs(batch)
     likely = np.argsort(-log_probs[:, :-1], axis=1, kind="stable")[:, :LIKELY]
     cosines = neighbours.similarities(place(batch, gate), likely)
-    return Evidence(log_probs, best(cosines, NEIGHBOURS)), cosines
+    near = best(cosines, NEIGHBOURS)
+    return Evidence(log_probs, near, neighbours.stands_out(cosines)), cosines

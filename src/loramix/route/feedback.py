@@ -211,8 +211,9 @@ class _Exemplars:
         texts = tuple(c.text for c in known)
         rows = place(read(texts or ("",), gate.ngrams, gate.encoder), gate.gate)
         labels = np.array([_label(gate, c) for c in known], np.int64)
-        spoken = tuple(words(text) for text in texts)
-        return cls(state, known, spoken, Neighbours(rows, labels, np.arange(len(known)), texts))
+        spoken, ranks = tuple(words(text) for text in texts), np.arange(len(known))
+        unused = np.zeros(len(known), np.float32)  # corrections are no evidence of what is in scope
+        return cls(state, known, spoken, Neighbours(rows, labels, ranks, texts, unused))
 
     def correct(self, gate: GateRouter, query: str, batch: Batch, decision: Decision) -> Decision:
         """The decision, or that of the nearest correction if it is near enough."""

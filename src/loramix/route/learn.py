@@ -169,4 +169,4 @@ def store(rows: Rows, gate: Gate) -> Neighbours:
     chosen = [np.flatnonzero(rows.labels == label)[:limit] for label in range(rows.none)]
     some = rows.take(np.concatenate(chosen))
     ranks = np.concatenate([np.arange(len(part)) for part in chosen])
-    return Neighbours(place(some.batch, gate), some.labels, ranks, some.texts)
+    return Neighbours.of(place(some.batch, gate), some.labels, ranks, some.texts)

@@ -20,7 +20,7 @@ import numpy as np
 
 from loramix.errors import RouteError
 from loramix.formats.aside import aside
-from loramix.route.abstain import Abstain
+from loramix.route.abstain import SIGNS, Abstain
 from loramix.route.blend import Blend, Gate
 from loramix.route.encode import MINILM_PACKAGE, MINILM_SHA256, Encoder, MiniLmEncoder
 from loramix.route.gate import GateRouter
@@ -29,7 +29,7 @@ from loramix.route.neighbours import Neighbours
 from loramix.route.ngrams import Floats, NgramEncoder, Sparse, Vocabulary
 from loramix.route.softmax import Softmax
 
-FORMAT = 2  # 1 had no kernel, and one share for all texts
+FORMAT = 3  # 1 had no kernel, and one share for all texts; 2 no density of examples
 DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 FACTS, ARRAYS, EXAMPLES = "router.json", "arrays.npz", "examples.json.gz"
 
@@ -115,6 +115,7 @@ def _arrays(router: GateRouter) -> dict[str, Any]:
         "ngrams_bias": gate.ngrams.bias,
         "near_labels": near.labels.astype(np.uint32),
         "near_ranks": near.ranks.astype(np.uint32),
+        "near_density": near.density.astype(np.float16),
     }
     if gate.vectors is not None and router.vectors is not None:
         found["vectors_weights"] = gate.vectors.weights.astype(np.float16)
@@ -180,19 +181,21 @@ def _neighbours(
 ) -> Neighbours:
     labels, ranks = (arrays[name].astype(np.int64) for name in ("near_labels", "near_ranks"))
     chosen = tuple(texts[adapters[k]][i] for k, i in zip(labels, ranks, strict=True))
+    density = _floats(arrays.get("near_density", np.zeros(len(labels))))
     if vectors is not None:
         first = np.cumsum([0, *(len(texts[name]) for name in adapters)])
-        return Neighbours(vectors[first[labels] + ranks], labels, ranks, chosen)
+        return Neighbours(vectors[first[labels] + ranks], labels, ranks, chosen, density)
     starts, columns = (arrays[f"near_{part}"].astype(np.int64) for part in ("starts", "columns"))
-    return Neighbours(
-        Sparse(starts, columns, _floats(arrays["near_values"])), labels, ranks, chosen
-    )
+    rows = Sparse(starts, columns, _floats(arrays["near_values"]))
+    return Neighbours(rows, labels, ranks, chosen, density)
 
 
 def _abstain(facts: Mapping[str, Any]) -> Abstain:
+    """Signs that an older format did not know weigh nothing."""
+    unknown = len(SIGNS) - len(facts["weights"])
     coverage = math.nan if facts["coverage"] is None else facts["coverage"]
     return Abstain(
-        weights=tuple(facts["weights"]),
+        weights=(*facts["weights"], *[0.0] * unknown),
         bias=facts["bias"],
         thresholds=tuple(facts["thresholds"]),
         keep=facts["keep"],
@@ -208,8 +211,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise RouteError(
             f"No router in {folder}: expected {FACTS}; fit one from the adapters' examples."
         ) from error
-    if not isinstance(facts, dict) or facts.get("format") not in (1, FORMAT):
-        raise RouteError(f"{path} has a format other than 1 or {FORMAT}; fit the router again.")
+    if not isinstance(facts, dict) or facts.get("format") not in range(1, FORMAT + 1):
+        raise RouteError(f"{path} has a format other than 1 to {FORMAT}; fit the router again.")
     return facts
 
 
