@@ -17,6 +17,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,7 +88,8 @@ def none(world: World) -> list[Row]:
     """semantic-router's confidence is fitted with the foreign rows, which helps it, in all rows.
 
     One `keep` for all: the least, in steps of a quarter percent, with which 94 % of CLINC150's
-    validation rows and 95 % of those of the domains are right.
+    validation rows and 95 % of those of the domains are right. Every query has one route, so ours
+    does not look for two.
     """
     data, found = world.clinc, []
     for name, of, targets in (
@@ -96,7 +98,7 @@ def none(world: World) -> list[Row]:
     ):
         own = {s: [(t, of[route]) for t, route in data[s]] for s in ("train", "val", "test")}
         examples, held = grouped(own["train"]), grouped(own["val"])
-        ours = world.ours(examples)
+        ours = replace(world.ours(examples), top=1)
         blind = choice(calibrated(ours, held, keep=KEEP), own["test"], data["oos_test"])
         told = calibrated(ours, held, texts(data["oos_val"]), keep=KEEP)
         seen = choice(told, own["test"], data["oos_test"])
