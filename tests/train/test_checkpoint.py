@@ -73,6 +73,11 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_share_of_the_rounds_may_be_kept(tmp_path):
+    train(tiny_base(), courses(tiny_base()), Run(folder=tmp_path, save_every=0.25, keep=9))
+    assert [int(place.name[-2:]) for place in found(tmp_path)] == [3, 6, 9, 12]
+
+
 def test_a_checkpoint_of_another_run_is_not_taken_up(tmp_path):
     train(tiny_base(), courses(tiny_base()), Run(folder=tmp_path))
     with pytest.raises(TrainError, match="of a run with other rows, settings or another base"):

@@ -76,7 +76,7 @@ def test_truncation_cuts_the_end_and_keeps_something_to_learn():
     row = tokenise(tokenizer, example, 64, truncate=True)
     assert len(row.ids) == 64
     assert row.learned == ((4, 64),)
-    with pytest.raises(TrainError, match="alone fills max_length 4"):
+    with pytest.raises(TrainError, match="alone fills the 4 tokens that a row may have"):
         tokenise(tokenizer, example, 4, truncate=True)
 
 
@@ -84,7 +84,7 @@ def test_truncation_cuts_the_end_and_keeps_something_to_learn():
     ("example", "template", "expected"),
     [
         (Example.of("q", "  "), None, "empty answer"),
-        (Example.of("q", "a" * 99), None, "max_length"),
+        (Example.of("q", "a" * 99), None, r"may have; raise that \(cutoff_len\)"),
         (Example.of("q", "a"), "{{ messages | length }}", "changes the prompt"),
         (Example.of("", "a"), "{% for m in messages %}{{ m.content }}{% endfor %}", "empty prompt"),
         (TURNS, "{{ raise_exception('no system turns') }}", "no system turns"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loramix.errors import LoramixError, TrainError
+from loramix.train.config import every_steps
 from loramix.train.interleave import Mixing
 from loramix.train.keys import PASSED_OVER, REFUSED
 from loramix.train.plans import Export
@@ -144,7 +145,7 @@ def test_no_key_of_the_list_is_unknown(key):
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin'; expected linear, cosine"),
         ({"optim": "paged_adamw_8bit"}, "optim is 'paged_adamw_8bit'"),
         ({"eval_strategy": "never"}, "eval_strategy is 'never'; expected no, steps, epoch"),
-        ({"save_steps": 0.1}, "save_steps is 0.1; expected a whole number of steps"),
+        ({"save_steps": 1.5}, "save_steps is 1.5; expected a number of steps, or a share of them"),
         ({"pissa_init": True, "olora_init": True}, "drop one of them"),
         (
             {"pissa_init": True, "use_dora": True},
@@ -198,6 +199,14 @@ def test_what_the_order_and_the_rates_of_rows_hang_on_is_taken_over():
     assert expert.settings.schedule_options == {"min_lr_rate": 0.1}
     assert (expert.settings.warmup, found.tf32) == (3, False)
     assert found.template == {"preserve_thinking": False}
+
+
+def test_steps_below_one_are_a_share_of_all_of_them():
+    keys = {"eval_strategy": "steps", "eval_steps": 0.25, "save_steps": 0.5, "logging_steps": 0.1}
+    found = plan({**LEAST, **keys})
+    own = found.experts[0].settings.validate_every
+    assert (own, found.run.save_every, found.log_every) == (0.25, 0.5, 0.1)
+    assert [every_steps(each, 30) for each in (0.25, 0.5, 0.1, 1, 7)] == [8, 15, 3, 1, 7]
 
 
 def test_a_constant_rate_is_warmed_up_only_if_its_name_says_so():

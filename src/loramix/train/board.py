@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramix.errors import TrainError
+from loramix.train.config import every_steps
 
 if TYPE_CHECKING:
     from loramix.train.loop import Progress
@@ -18,7 +19,7 @@ class Board:
     its first step on: nobody sees a step twice. TrainError without tensorboard.
     """
 
-    def __init__(self, folder: Path, *, every: int = 10) -> None:
+    def __init__(self, folder: Path, *, every: float = 10) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -39,7 +40,8 @@ class Board:
             told["eval/loss"] = progress.validation
         if progress.accuracy is not None:
             told["eval/accuracy"] = progress.accuracy
-        if progress.step == progress.num_steps or progress.step % self.every == 0:
+        every = every_steps(self.every, progress.num_steps)
+        if progress.step == progress.num_steps or progress.step % every == 0:
             told |= {
                 "train/loss": progress.loss,
                 "train/learning_rate": progress.rate,

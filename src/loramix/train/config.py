@@ -48,7 +48,7 @@ class Settings:
     max_norm: float = 1.0  # of this expert's gradient, clipped; inf: never
     dropout: float = 0.0  # share of each adapted layer's input that its pair does not see
     noise: float = 0.0  # NEFTune's alpha: in the embeddings, while learning
-    validate_every: int | None = None  # steps; None: once an epoch
+    validate_every: float | None = None  # steps, or a share of all; None: once an epoch
     patience: int | None = None  # validations without a better one, after which it stops
     keep_best: bool = True  # the state that validates best, not the last one
     best_by: str = "loss"  # or accuracy, of single tokens
@@ -98,6 +98,11 @@ class Settings:
         return self.rate * share(self.schedule, self.schedule_options, at)
 
 
+def every_steps(every: float, num_steps: int) -> int:
+    """A number of steps that is given as such, or as a share of all of them, below 1."""
+    return math.ceil(every * num_steps) if every < 1 else int(every)
+
+
 def never() -> bool:
     return False
 
@@ -116,14 +121,18 @@ class Run:
     packing: bool = False  # short rows of one expert behind each other in one
     folder: Path | None = None  # of checkpoints; goes on from the newest if there are any
     resume_from: Path | None = None  # a checkpoint to go on from, instead of the newest one
-    save_every: int | None = None  # rounds; None: when an expert is validated, or would be
+    save_every: float | None = (
+        None  # rounds, or a share of all; None: when an expert is validated, or would be
+    )
     keep: int = 2  # newest checkpoints kept
     sharded: bool = False  # the base lies in parts on them; else whole on each
     processes: Processes = field(default_factory=Processes)  # that compute it, each a part
     stopped: Callable[[], bool] = never  # asked after every round
 
     def __post_init__(self) -> None:
-        for name in ("micro_tokens", "micro_rows", "save_every", "keep"):
+        for name in ("micro_tokens", "micro_rows", "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainError(f"{name} is {value}; expected at least 1.")
+        if self.save_every is not None and not self.save_every > 0:
+            raise TrainError(f"save_every is {self.save_every}; expected more than 0.")

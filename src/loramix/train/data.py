@@ -54,8 +54,8 @@ def tokenise(
         raise TrainError(f"The row {_start(example)} cannot be a prompt: {error}") from error
     if len(row.ids) > max_length and not truncate:
         raise TrainError(
-            f"The row {_start(example)} has {len(row.ids)} tokens, more than max_length "
-            f"{max_length}; raise max_length or drop the row."
+            f"The row {_start(example)} has {len(row.ids)} tokens, more than the "
+            f"{max_length} that it may have; raise that (cutoff_len) or drop the row."
         )
     return _cut(row, max_length, example)
 
@@ -98,8 +98,8 @@ def _cut(row: Row, max_length: int, example: Example) -> Row:
     spans = tuple((a, min(b, max_length)) for a, b in row.learned if a < max_length)
     if not spans:
         raise TrainError(
-            f"The prompt of {_start(example)} alone fills max_length {max_length}: nothing to "
-            f"learn is left; raise max_length or drop the row."
+            f"The prompt of {_start(example)} alone fills the {max_length} tokens that a row may "
+            f"have: nothing to learn is left; raise that (cutoff_len) or drop the row."
         )
     return Row(row.ids[:max_length], spans)
 

@@ -22,7 +22,7 @@ from loramix.mixed import MixedModel
 from loramix.stacked import Bound
 from loramix.train.batches import epoch_order, file_order
 from loramix.train.begun import Begun
-from loramix.train.config import Settings
+from loramix.train.config import Settings, every_steps
 from loramix.train.data import Row
 from loramix.train.scaling import LossScale
 from loramix.train.start import fresh_pairs
@@ -54,7 +54,8 @@ class Course:
             raise TrainError(f"{self.card.name!r} has 0 rows to train; expected at least one.")
         if self.settings.patience is not None and not self.validation:
             raise TrainError(
-                f"{self.card.name!r} is to stop early but has no validation rows; split some off."
+                f"{self.card.name!r} is to stop early but has no validation rows; split some off "
+                f"(val_size), or leave early_stopping_steps out."
             )
 
 
@@ -180,7 +181,8 @@ class Learner:
     def is_due(self) -> bool:
         """Whether it is to be validated, and kept, after the step it just made."""
         settings = self.course.settings
-        every = settings.validate_every or settings.steps_per_epoch(len(self.course.rows))
+        per_epoch = settings.steps_per_epoch(len(self.course.rows))
+        every = every_steps(settings.validate_every or per_epoch, self.num_steps)
         return self.step % every == 0 or self.step == self.num_steps
 
     def judged(self, found: Judgement) -> None:

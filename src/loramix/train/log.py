@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from loramix.train.config import every_steps
 from loramix.train.loop import Progress
 
 
@@ -17,7 +18,7 @@ class TrainerLog:
     When a run is taken up again, what it had written beyond its checkpoint is dropped.
     """
 
-    def __init__(self, file: Path, *, every: int = 10) -> None:
+    def __init__(self, file: Path, *, every: float = 10) -> None:
         self.file, self.every = file, every
         self.began = time.monotonic()
         self._started: dict[str, int] = {}  # first step of each expert in this process
@@ -30,7 +31,7 @@ class TrainerLog:
         if progress.validation is not None:
             judged = {"eval_loss": progress.validation, "eval_accuracy": progress.accuracy}
             self._write(progress, **{key: v for key, v in judged.items() if v is not None})
-        if last or progress.step % self.every == 0:
+        if last or progress.step % every_steps(self.every, progress.num_steps) == 0:
             self._write(progress, loss=progress.loss, lr=progress.rate, grad_norm=progress.norm)
 
     def _write(self, progress: Progress, **measured: float) -> None:

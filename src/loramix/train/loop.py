@@ -25,7 +25,7 @@ from loramix.errors import TrainError
 from loramix.mixed import MixedModel
 from loramix.train.batches import Batch, micro_batches
 from loramix.train.checkpoint import Checkpoints
-from loramix.train.config import Run
+from loramix.train.config import Run, every_steps
 from loramix.train.data import Row, total_learned
 from loramix.train.forward import (
     check_packing,
@@ -119,7 +119,8 @@ class _Pass:
             self.round += 1
             stopped = self.run.processes.any(self.run.stopped())
             if self.run.save_every:
-                due = self.round % self.run.save_every == 0
+                most = max(learner.num_steps for learner in self.learners)
+                due = self.round % every_steps(self.run.save_every, most) == 0
             over = all(learner.is_done for learner in self.learners)
             if checkpoints and (stopped or due or over):
                 if self.run.processes.is_first:

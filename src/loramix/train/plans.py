@@ -74,7 +74,7 @@ class Plan:
     template: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""
     max_bad: float = MAX_BAD
-    log_every: int = 10  # steps
+    log_every: float = 10  # steps, or a share of all
     plot: bool = False
     export: Export | None = None
     board: Path | None = None  # where TensorBoard's events go

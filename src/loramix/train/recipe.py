@@ -113,7 +113,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
         template=_template(common),
         system=common.get("default_system", ""),
         max_bad=common.get("max_bad_rows", MAX_BAD),
-        log_every=max(1, round(common.get("logging_steps", 10))),
+        log_every=_steps("logging_steps", common.get("logging_steps", 10)),
         plot=common.get("plot_loss", False),
         export=_export(common),
         board=board,
@@ -233,11 +233,11 @@ def _best_by(values: Mapping[str, Any]) -> str:
     return metric
 
 
-def _every(values: Mapping[str, Any]) -> int | None:
+def _every(values: Mapping[str, Any]) -> float | None:
     if values.get("eval_strategy") != "steps":
         return None
     steps = values.get("eval_steps", values.get("logging_steps", 500))
-    return _whole("eval_steps", steps)
+    return _steps("eval_steps", steps)
 
 
 def _run(values: Mapping[str, Any], output: Path, num_experts: int) -> Run:
@@ -245,7 +245,7 @@ def _run(values: Mapping[str, Any], output: Path, num_experts: int) -> Run:
     resume = values.get("resume_from_checkpoint")
     if resume and strategy == "no":
         raise TrainError("resume_from_checkpoint needs checkpoints; drop save_strategy: no.")
-    every = _whole("save_steps", values.get("save_steps", 500)) if strategy == "steps" else None
+    every = _steps("save_steps", values.get("save_steps", 500)) if strategy == "steps" else None
     recompute = values.get("gradient_checkpointing")
     if recompute is None:  # computed again by default, as in LLaMA-Factory
         recompute = not values.get("disable_gradient_checkpointing", False)
@@ -303,7 +303,7 @@ def _board(values: Mapping[str, Any], output: Path) -> Path | None:
     return Path(values.get("logging_dir", output / "runs")) if asked else None
 
 
-def _whole(key: str, value: float) -> int:
-    if value < 1 or value != int(value):
-        raise TrainError(f"{key} is {value:g}; expected a whole number of steps.")
-    return int(value)
+def _steps(key: str, value: float) -> float:
+    if value > 1 and value != int(value):
+        raise TrainError(f"{key} is {value:g}; expected a number of steps, or a share of them.")
+    return value
