@@ -23,7 +23,7 @@ from loramix.route.saved import state
 from loramix.train.board import Board
 from loramix.train.checkpoint import found
 from loramix.train.forward import rounded_products
-from loramix.train.learner import account
+from loramix.train.learner import Course, account
 from loramix.train.log import TrainerLog, entries
 from loramix.train.loop import Progress, train
 from loramix.train.measure import mean_loss
@@ -76,16 +76,10 @@ def learn(
     if export:
         check_export(export)
     if not resume:
-        check_names(plan, shelf)
-        if plan.resume and not found(plan.output):
-            raise TrainError(
-                f"resume_from_checkpoint is true and {plan.output} has no checkpoint; leave it out."
-            )
-        if plan.begins_anew:
-            _forget(plan.output)
+        _prepare(plan, shelf)
     plan.run.processes.wait()
     courses = [course_of(material, base) for material in materials]
-    with _followed(plan, report) as told, rounded_products(base.device, wanted=plan.tf32):
+    with _followed(plan, report) as told, rounded_products(wanted=plan.tf32):
         adapters = train(base, courses, plan.run, told)
     tell("Fitting the router ...")
     begun = state(shelf.folder / ROUTER)
@@ -93,13 +87,11 @@ def learn(
     tell("Judging ...")
     judged = _judged(plan, base, materials, adapters, router)
     scores = {one.name: one for one in judged}
-    log = entries(plan.output / LOG)
-    for adapter, course, material in zip(adapters, courses, materials, strict=True):
+    kept = [_scored(adapter, scores.get(adapter.name)) for adapter in adapters]
+    for adapter, course, material in zip(kept, courses, materials, strict=True):
         mine = plan.overwrite or (resume and _is_there(adapter, shelf))
-        beside = {TRAINING: account(course, str(material.plan.source))}
-        if plan.plot:
-            beside[PLOT] = loss_plot([e for e in log if e["expert"] == adapter.name])
-        shelf.put(_scored(adapter, scores.get(adapter.name)), replace=mine, beside=beside)
+        beside = _beside(plan, course, str(material.plan.source))
+        shelf.put(adapter, replace=mine, beside=beside)
     models = export_experts(export, adapters) if export else []
     notes = [f"A whole model is in {folder}." for folder in models]
     if router:
@@ -107,8 +99,28 @@ def learn(
     elif plan.fit_router:
         notes.append("The router was not fitted: these rows ask nothing.")
     if plan.plot:
-        (plan.output / PLOT).write_text(loss_plot(log), encoding="utf-8")
+        (plan.output / PLOT).write_text(loss_plot(entries(plan.output / LOG)), encoding="utf-8")
     return Outcome(adapters, shelf, judged, notes)
+
+
+def _prepare(plan: Plan, shelf: Library) -> None:
+    """Make room for a run that begins, or find what it is to go on from."""
+    check_names(plan, shelf)
+    if plan.resume and not found(plan.output):
+        raise TrainError(
+            f"resume_from_checkpoint is true and {plan.output} has no checkpoint; leave it out."
+        )
+    if plan.begins_anew:
+        _forget(plan.output)
+
+
+def _beside(plan: Plan, course: Course, source: str) -> dict[str, str]:
+    """What lies beside an expert's weights: how it was learned, and its losses."""
+    files = {TRAINING: account(course, source)}
+    if plan.plot:
+        log = entries(plan.output / LOG)
+        files[PLOT] = loss_plot([each for each in log if each["expert"] == course.card.name])
+    return files
 
 
 @contextmanager
@@ -142,7 +154,7 @@ def assist(plan: Plan, processes: Processes) -> None:
     processes.wait()  # until the first one has emptied the folder of a run that begins anew
     courses = [course_of(material, base) for material in materials]
     run = replace(plan.run, processes=processes)
-    with rounded_products(base.device, wanted=plan.tf32):
+    with rounded_products(wanted=plan.tf32):
         adapters = train(base, courses, run)
     if run.sharded:
         _judged(replace(plan, run=run), base, materials, adapters)

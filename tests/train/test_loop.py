@@ -163,11 +163,20 @@ def test_rows_that_are_not_shuffled_are_learned_in_their_order():
     assert seen == [*learner.course.rows] * 2
 
 
-def test_ten_bits_are_for_gpus_that_have_them():
-    with rounded_products(torch.device("cpu"), wanted=False):
+def test_ten_bits_are_for_gpus_that_have_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with rounded_products(wanted=False):
         pass
-    with pytest.raises(TrainError, match="tf32 needs an NVIDIA GPU since Ampere, not the cpu"):
-        rounded_products(torch.device("cpu"), wanted=True).__enter__()
+    with pytest.raises(
+        TrainError, match="tf32 needs an NVIDIA GPU since Ampere, and there is none"
+    ):
+        rounded_products(wanted=True).__enter__()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    before = torch.get_float32_matmul_precision()
+    with rounded_products(wanted=True):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_accuracy_is_the_mean_of_the_rows_shares_of_likeliest_tokens_and_may_decide():

@@ -32,10 +32,10 @@ def gradients_of(base, scale=None):
     for weight in learner.weights.values():
         weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
     learner.bind()
-    learner.scale = LossScale(scale) if scale else learner.scale
+    learner.loss_scale = LossScale(scale) if scale else learner.loss_scale
     gradients(mixed, [learner], [learner.rows()], Run())
     lost = learner.gradient_is_lost()
-    learner.scale.undo(learner.weights.values())
+    learner.loss_scale.undo(learner.weights.values())
     mixed.release()
     return {name: weight.grad for name, weight in learner.weights.items()}, lost
 

@@ -122,7 +122,7 @@ def _settings(course: Course) -> dict[str, Any]:
 
 def _numbers(learner: Learner) -> dict[str, Any]:
     told = {name: getattr(learner, name) for name in NUMBERS}
-    return told | {"scale": asdict(learner.scale)}
+    return told | {"loss_scale": asdict(learner.loss_scale)}
 
 
 def _tensors(learner: Learner) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def _load(learner: Learner, numbers: dict[str, Any], tensors: dict[str, Tensor])
     device = learner.mixed.model.device
     for name in NUMBERS:
         setattr(learner, name, numbers[name])
-    learner.scale = LossScale(**numbers["scale"])
+    learner.loss_scale = LossScale(**numbers["loss_scale"])
     learner.best = {n: t.to(device) for n, t in _under("best.", tensors).items()}
     for name, value in _under("weight.", tensors).items():
         learner.weights[name].data.copy_(value)

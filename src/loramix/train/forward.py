@@ -106,14 +106,14 @@ def check_packing(model: nn.Module) -> None:
 
 
 @contextmanager
-def rounded_products(device: torch.device, *, wanted: bool | None) -> Iterator[None]:
+def rounded_products(*, wanted: bool | None) -> Iterator[None]:
     """Float32 products of a GPU round their factors to ten bits (TF32), or do not.
 
     Raises TrainError where that is wanted and cannot be; without a wish torch's setting holds.
     """
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     if wanted and not able:
-        raise TrainError(f"tf32 needs an NVIDIA GPU since Ampere, not the {device.type}; drop it.")
+        raise TrainError("tf32 needs an NVIDIA GPU since Ampere, and there is none; drop it.")
     before = torch.get_float32_matmul_precision()
     if wanted is not None and able:
         torch.set_float32_matmul_precision("high" if wanted else "highest")

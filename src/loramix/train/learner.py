@@ -111,7 +111,7 @@ class Learner:
         self.num_steps = settings.num_steps(len(course.rows))
         self.step = 0
         self.lowest, self.misses = math.inf, 0  # score so far, and validations since
-        self.scale = LossScale.of(mixed.model.dtype)
+        self.loss_scale = LossScale.of(mixed.model.dtype)
         self.best: dict[str, Tensor] = {}
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         mixed.bind(Adapter(self.name, {**self.beside, **self.start}, "", course.card))
@@ -155,7 +155,7 @@ class Learner:
     def advance(self) -> tuple[float, float]:
         """One optimizer step with the gradient that has come together: its norm, and the rate."""
         settings = self.course.settings
-        self.scale.undo(self.weights.values())
+        self.loss_scale.undo(self.weights.values())
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), settings.max_norm))
         if not math.isfinite(norm):
             raise TrainError(
@@ -172,7 +172,7 @@ class Learner:
 
     def gradient_is_lost(self) -> bool:
         """Whether 16 bits could not hold its gradient: it is forgotten, to be taken anew."""
-        lost = self.scale.lowered(self.weights.values())
+        lost = self.loss_scale.lowered(self.weights.values())
         if lost:
             self.optimizer.zero_grad()
         return lost

@@ -224,7 +224,7 @@ def gradients(
         if not math.isfinite(mean):
             raise TrainError(
                 f"The loss of {learner.name!r} became {mean} at step {learner.step + 1}; lower the "
-                f"learning rate{', or take bf16' if learner.scale.value > 1 else ''}."
+                f"learning rate{', or take bf16' if learner.loss_scale.value > 1 else ''}."
             )
     return means
 
@@ -247,7 +247,7 @@ def _backward(
     active = mixed.active.using(*gates(learners, batch.counts, learning=True))
     saving = recomputed(mixed.model) if run.checkpointing else nullcontext()
     with disturbed(mixed.model, learners, batch), saving, active:
-        over = [count / one.scale.value for one, count in zip(learners, counts, strict=True)]
+        over = [count / one.loss_scale.value for one, count in zip(learners, counts, strict=True)]
         return _summed(mixed, batch, over, run)
 
 
