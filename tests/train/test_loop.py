@@ -167,9 +167,7 @@ def test_ten_bits_are_for_gpus_that_have_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with rounded_products(wanted=False):
         pass
-    with pytest.raises(
-        TrainError, match="tf32 needs an NVIDIA GPU since Ampere, and there is none"
-    ):
+    with pytest.raises(TrainError, match="tf32 needs an NVIDIA GPU since Ampere, and there"):
         rounded_products(wanted=True).__enter__()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
