@@ -213,7 +213,7 @@ def test_a_merge_into_a_base_goes_on_when_the_disk_has_room(place, monkeypatch, 
     words = [*BOTH.split(), "--into", "base"]
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("loramix.merge.pipe.write_all", full_after(9))
+            patch.setattr("loramix.merge.output.write_all", full_after(9))
             assert main(words) == 1
         assert "No space left on device; the same merge goes on" in capsys.readouterr().err
         assert not (place / "out").exists()
@@ -226,7 +226,7 @@ def test_a_merge_into_a_base_goes_on_when_the_disk_has_room(place, monkeypatch, 
 
 def full_after(count):
     """What writes, until it has done so `count` times."""
-    from loramix.merge.pipe import write_all
+    from loramix.merge.output import write_all
 
     left = iter(range(count))
 

@@ -18,6 +18,7 @@ from loramix.cli.printing import print_table
 from loramix.cli.reading import read_answered
 from loramix.errors import BadRequest
 from loramix.lm import check_mix
+from loramix.merge.ahead import read_ahead
 from loramix.mix import Mix, slug
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def _into_base(
     replace: bool,
 ) -> None:
     with notice(f"Merging {mix} ..."), no_collection():
+        read_ahead(Path(base))
         from loramix.merge.lint import trained_elsewhere
         from loramix.merge.stream import base_folder, merge_into
 

@@ -1,7 +1,8 @@
 """Read, fold, write, hash: a tensor stays on one thread, and every core has a tensor of its own.
 
 Nothing is handed from thread to thread, so a block is still in its core's cache when it is rounded,
-written and hashed. Memory is a block for each thread, whatever the size of the model.
+written and hashed. There is a thread more than cores, as one of them waits for the disk. Memory is
+a block for each thread, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from loramix.errors import MergeError
 from loramix.merge.files import Slot
 from loramix.merge.journal import CHUNK
+from loramix.merge.output import Output, Room
 from loramix.merge.stored import Stored, bytes_of, read_into
 from loramix.threads import single_threaded
 
@@ -47,7 +49,7 @@ class Way:
 
     stored: Stored
     source: int
-    target: int
+    target: Output
     offset: int
 
 
@@ -62,7 +64,7 @@ class Written:
 
 def run(
     slots: Iterable[Slot],
-    files: Mapping[str, int],
+    files: Mapping[str, Output],
     fold: Callable[[Stored], Folded | None],
     done: Callable[[Written], None],
 ) -> None:
@@ -74,7 +76,9 @@ def run(
     ordered = sorted(slots, key=lambda slot: -slot.stored.size_bytes)  # lanes end together
     with ExitStack() as stack, single_threaded() as lanes:
         sources = {path: _opened(path, stack) for path in {slot.stored.file for slot in ordered}}
-        pool = stack.enter_context(ThreadPoolExecutor(min(lanes, LANES)))
+        pool = stack.enter_context(
+            ThreadPoolExecutor(min(lanes + int(os.environ.get("XL", "0")), LANES))
+        )
         stack.callback(pool.shutdown, cancel_futures=True)
         ways = (Way(s.stored, sources[s.stored.file], files[s.file], s.offset) for s in ordered)
         for written in as_completed([pool.submit(_write, way, fold) for way in ways]):
@@ -94,14 +98,14 @@ def _write(way: Way, fold: Callable[[Stored], Folded | None]) -> Written:
 
 
 def _copy(way: Way) -> Written:
-    state = hashlib.sha256()
-    for start in range(0, way.stored.size_bytes, CHUNK):
-        count, place = min(CHUNK, way.stored.size_bytes - start), way.stored.offset + start
-        _announce(way, start + count)
-        copy_range(way.source, place, way.target, way.offset + start, count)
-        state.update(os.pread(way.source, count, place))
-        forget(way.source, place, count)
-        forget(way.target)
+    state, size = hashlib.sha256(), way.stored.size_bytes
+    room = Room(min(CHUNK, size))
+    for start in range(0, size, CHUNK):
+        place = way.offset + start
+        data = room.at(place, (min(CHUNK, size - start),), torch.uint8)
+        _read(way, start, data)
+        way.target.write(data, place)
+        state.update(bytes_of(data))
     return Written(way.stored.name, state.hexdigest(), 0.0)
 
 
@@ -109,31 +113,29 @@ def _fold(way: Way, folded: Folded) -> Written:
     stored, state, worst = way.stored, hashlib.sha256(), 0.0
     blocks = list(folded.blocks())
     most = max(stop - start for start, stop in blocks)
-    room = torch.empty(most, *stored.shape[1:], dtype=stored.dtype)
-    single = torch.empty(room.shape)
+    room, single = Room(most * stored.row_bytes), torch.empty(most, *stored.shape[1:])
     for start, stop in blocks:
-        rows, raised = room[: stop - start], single[: stop - start]
-        _read(way, start, rows)
+        place, raised = way.offset + start * stored.row_bytes, single[: stop - start]
+        rows = room.at(place, tuple(raised.shape), stored.dtype)
+        _read(way, start * stored.row_bytes, rows)
         before = rows[:1].clone()
         raised.copy_(rows)
         folded.add(start, raised)
         _check_range(stored, raised)
         rows.copy_(raised)
-        data = bytes_of(rows)
-        place = way.offset + start * stored.row_bytes
-        write_all(way.target, data, place)
-        state.update(data)
+        way.target.write(rows, place)
+        state.update(bytes_of(rows))
         exact = folded.exact(start, before)
         expected = raised[:1].double() if exact is None else exact
         worst = max(worst, _read_back(way, place, expected, before))
-        forget(way.target)
     return Written(stored.name, state.hexdigest(), worst)
 
 
-def _read(way: Way, start: int, rows: Tensor) -> None:
-    first, size = start * way.stored.row_bytes, len(rows) * way.stored.row_bytes
+def _read(way: Way, first: int, out: Tensor) -> None:
+    """Fill a tensor with the bytes from `first` on, and let the kernel have their pages back."""
+    size = out.numel() * out.itemsize
     _announce(way, first + size)
-    read_into(way.source, rows, way.stored.offset + first)
+    read_into(way.source, out, way.stored.offset + first)
     forget(way.source, way.stored.offset + first, size)
 
 
@@ -144,11 +146,8 @@ def _announce(way: Way, start: int) -> None:
         os.posix_fadvise(way.source, way.stored.offset + start, size, os.POSIX_FADV_WILLNEED)
 
 
-def forget(file: int, start: int = 0, size: int = 0) -> None:
-    """Let the kernel reuse the pages of a range, or of a file, rather than find new ones.
-
-    What is written and not on the disk yet begins its way there now, and is let go by a later call.
-    """
+def forget(file: int, start: int, size: int) -> None:
+    """Let the kernel reuse the pages of a range, rather than find new ones."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
 
@@ -166,7 +165,7 @@ def _check_range(stored: Stored, rows: Tensor) -> None:
 def _read_back(way: Way, place: int, exact: Tensor, before: Tensor) -> float:
     """The error of the first row of a block, as it is in the file now."""
     found = torch.empty_like(before)
-    read_into(way.target, found, place)
+    read_into(way.target.file, found, place)
     error = in_last_places(found, exact, before)
     if error > 0.51:
         raise MergeError(
@@ -174,31 +173,6 @@ def _read_back(way: Way, place: int, exact: Tensor, before: Tensor) -> float:
             f"where one rounding makes 0.5; check the disk and the memory, and merge again."
         )
     return error
-
-
-def copy_range(source: int, start: int, target: int, place: int, size: int) -> None:
-    """Bytes from file to file, inside the kernel: by reference where the file system can."""
-    copy: Callable[..., int] | None = getattr(os, "copy_file_range", None)
-    while size > 0:
-        count = 0
-        if copy:
-            try:
-                count = copy(source, target, size, start, place)
-            except OSError:  # another device, or a file system that cannot
-                copy = None
-        if not count:
-            chunk = os.pread(source, min(CHUNK, size), start)
-            if not chunk:
-                raise MergeError("A file of the base ends early; fetch it again.")
-            write_all(target, memoryview(chunk), place)
-            count = len(chunk)
-        start, place, size = start + count, place + count, size - count
-
-
-def write_all(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(file, data, offset)
-        data, offset = data[count:], offset + count
 
 
 def in_last_places(found: Tensor, exact: Tensor, before: Tensor) -> float:

@@ -30,7 +30,8 @@ from loramix.lora import Pair
 from loramix.merge.files import Layout, copy_rest, kept_layout, new_layout, write_index
 from loramix.merge.fold import check_alike, merged_card, write_recipe
 from loramix.merge.journal import Staging, part_of, sha256_of, staging
-from loramix.merge.pipe import Written, run, write_all
+from loramix.merge.output import Output, write_all
+from loramix.merge.pipe import Written, run
 from loramix.merge.places import Place, places
 from loramix.merge.recipe import Recipe
 from loramix.merge.registry import Outcome
@@ -220,12 +221,11 @@ def _write(
         aside.record(written.name, written.sha256)
 
     with ExitStack() as files:
-        opened: dict[str, int] = {}
+        opened: dict[str, Output] = {}
         for name, header in layout.headers.items():
-            file = opened[name] = os.open(aside.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
-            files.callback(os.close, file)
-            os.ftruncate(file, layout.size_of(name))
-            write_all(file, memoryview(header), 0)
+            output = Output(aside.folder / name, layout.size_of(name))
+            opened[name] = files.enter_context(output)
+            write_all(output.file, memoryview(header), 0)
         todo = [slot for slot in layout.slots if slot.stored.name not in resumed]
         run(todo, opened, fold, done)
     return {slot.stored.name: hashes[slot.stored.name] for slot in layout.slots}, worst
