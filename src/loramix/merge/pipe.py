@@ -76,9 +76,7 @@ def run(
     ordered = sorted(slots, key=lambda slot: -slot.stored.size_bytes)  # lanes end together
     with ExitStack() as stack, single_threaded() as lanes:
         sources = {path: _opened(path, stack) for path in {slot.stored.file for slot in ordered}}
-        pool = stack.enter_context(
-            ThreadPoolExecutor(min(lanes + int(os.environ.get("XL", "0")), LANES))
-        )
+        pool = stack.enter_context(ThreadPoolExecutor(min(lanes + 1, LANES)))
         stack.callback(pool.shutdown, cancel_futures=True)
         ways = (Way(s.stored, sources[s.stored.file], files[s.file], s.offset) for s in ordered)
         for written in as_completed([pool.submit(_write, way, fold) for way in ways]):
