@@ -1,6 +1,7 @@
 """Routers that learn nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,9 @@ rules:
 """
 
 
+DOCS = Path(__file__).parents[2] / "docs" / "router.md"
+
+
 def routed(router, text):
     return router.route([Message("user", "card"), Message("assistant", "?"), Message("user", text)])
 
@@ -25,6 +29,14 @@ def rules(tmp_path):
     path = tmp_path / "rules.yaml"
     path.write_text(RULES)
     return RulesRouter.load(path)
+
+
+def test_the_rules_in_the_docs_are_rules(tmp_path):
+    path = tmp_path / "rules.yaml"
+    path.write_text(DOCS.read_text("utf-8").split("```yaml\n")[1].split("```")[0])
+    documented = RulesRouter.load(path)
+    assert routed(documented, "where is my refund?").mix == Mix.parse("support")
+    assert routed(documented, "did 12 dollars arrive?").mix == Mix.parse("banking")
 
 
 @pytest.mark.parametrize(
