@@ -87,7 +87,7 @@ def test_rows_are_checked_as_a_training_would_read_them(front):
     got = front.http.get("/v1/datasets/mixed/check").json()
     assert (got["checked_rows"], got["bad_rows"], got["twice"]) == (6, 2, 3)
     assert [problem["line"] for problem in got["problems"]] == [4, 5]
-    assert "max_length" in got["problems"][0]["what"]
+    assert "cutoff_len" in got["problems"][0]["what"]
     assert front.http.get("/v1/datasets/nobody/check").status_code == 404
 
 
