@@ -86,7 +86,7 @@ def router(data: Data, pocket: Pocket = POCKET) -> None:
     report.write_queries(data, pocket)
 
 
-@app.command("rows")
+@app.command()
 def router_rows(data: Data, out: Work = Path("build/pocket"), count: int = 100) -> None:
     """Write rows to fit a router on, to evaluate it on, and with answers to measure by."""
     routing.write_rows(data, out, count)

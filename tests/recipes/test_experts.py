@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from loramix.cli import app
 from loramix.library import Library
+from recipes.pocket.__main__ import app as stages
 from recipes.pocket.experts import PLAN, SKILLS, install, learn, planned
 from recipes.pocket.tasks import TASKS
 
@@ -64,3 +65,8 @@ def test_learning_is_skipped_where_it_is_done(tmp_path):
         (tmp_path / "library" / name).mkdir(parents=True)
     learn(tmp_path / "no data", tmp_path / "no pocket", tmp_path)
     assert not (tmp_path / "rows").exists()
+
+
+def test_every_stage_has_a_name_of_its_own():
+    names = [command.name or command.callback.__name__ for command in stages.registered_commands]
+    assert len(set(names)) == len(names)
