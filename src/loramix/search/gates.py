@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from loramix.search import Losses, Points
 
-CPU_TOKENS, TOKENS = 2048, 16384  # of a pass: a CPU is fastest while its caches hold them
+CPU_TOKENS, TOKENS = 1024, 16384  # of a pass: more fall out of caches, and pad more
 
 
 @dataclass(frozen=True, slots=True)
