@@ -43,6 +43,7 @@ def test_a_mix_becomes_an_adapter_that_a_library_takes(merge, tmp_path):
         (["-m", "sql", "-o", "x", "--shard-size", "1GB"], "--shard-size does not go with this"),
         (["-m", "sql", "-o", "x", "--into", "pocket", "--rank", "4"], "takes the whole update"),
         (["-m", "sql", "-o", "x", "--lint"], "--output does not go with this: --lint only looks"),
+        (["-m", "sql", "-o", "x", "--verify"], "--verify does not go with this"),
         (["-m", "sql", "--lint", "--rank", "4"], "--rank does not go"),
         (["-m", "sql", "--lint", "--prove"], "--prove does not go"),
     ],

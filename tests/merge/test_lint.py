@@ -161,8 +161,10 @@ def test_the_command_looks_and_proves(shop, tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert "Energy of the sum by rank" in told
     assert not list(tmp_path.iterdir())
-    assert main([*mix, "-o", "out", "--prove", "--shard-size", "20KB"]) == 0
-    assert "KL(mix || merged)" in capsys.readouterr().out
+    assert main([*mix, "-o", "out", "--prove", "--verify", "--shard-size", "20KB"]) == 0
+    told = capsys.readouterr().out
+    assert "KL(mix || merged)" in told
+    assert "all 21 tensors have the hash" in told
     assert main([*mix[:-2], "--base", shop.base, "-o", "both", "--prove"]) == 0
     assert "KL(mix || merged)" in capsys.readouterr().out
     assert main([*mix[:-2], "-o", "x", "--shard-size", "20KB"]) == 1

@@ -17,6 +17,7 @@ from loramix.formats.readme import describe
 from loramix.merge import journal, stream
 from loramix.merge.stored import open_stored
 from loramix.merge.stream import merge_into
+from loramix.merge.verify import verify
 from loramix.mix import Mix
 from tests.merge import dense
 from tests.merge.bases import MIX, bytes_of, recipe, save, tensors, two
@@ -81,6 +82,26 @@ def test_each_tensor_has_its_hash(llama, tmp_path):
             found = journal.sha256_of(file.fileno(), stored.offset, stored.size_bytes)
         assert told["tensors"][stored.name] == found
     assert told["adapters"] == {name: adapters[name].digest for name in "ab"}
+
+
+def test_a_merged_model_is_verified_against_its_hashes(llama, tmp_path):
+    _, folder, adapters = llama
+    merge_into(folder, adapters, recipe(), tmp_path / "out")
+    assert verify(tmp_path / "out") == len(tensors(folder))
+    damaged = open_stored(tmp_path / "out").tensors["model.layers.1.mlp.up_proj.weight"]
+    with damaged.file.open("r+b") as stream:
+        stream.seek(damaged.offset + damaged.size_bytes - 1)
+        stream.write(b"\x7f")
+    with pytest.raises(MergeError, match=r"1 of \d+ tensors .* model.layers.1.mlp.up_proj.weight;"):
+        verify(tmp_path / "out")
+    told = tmp_path / "out" / "merge.json"
+    kept = json.loads(told.read_text())
+    del kept["tensors"]["lm_head.weight"]
+    told.write_text(json.dumps(kept))
+    with pytest.raises(MergeError, match=r"tells of: lm_head.weight; merge again"):
+        verify(tmp_path / "out")
+    with pytest.raises(MergeError, match=r"has no merge.json with the hashes"):
+        verify(folder)
 
 
 @pytest.mark.parametrize("method", ["ties", "sce", "karcher", "tsv-m", "dare", "della"])

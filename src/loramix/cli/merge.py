@@ -79,13 +79,14 @@ def merge(
     shard_size: Annotated[str | None, Option(help="Files of at most this, such as 5GB.")] = None,
     lint: Annotated[bool, Option("--lint", help="Only look: fit, interference, losses.")] = False,
     prove: Annotated[bool, Option("--prove", help="Compare logits with the served mix.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Read the model back, check hashes.")] = False,
     replace: Annotated[bool, Option("--replace", help="Replace what is there.")] = False,
 ) -> None:
     """Merge a mix into one adapter, or with --into into a copy of the base; exactly."""
     hush()
     wanted = _mix(mix, where)
     to_adapter: dict[str, object] = {"--rank": rank, "--energy": energy}
-    to_base: dict[str, object] = {"--shard-size": shard_size}
+    to_base: dict[str, object] = {"--shard-size": shard_size, "--verify": verify}
     if lint:
         writing = {"--output": output, "--replace": replace, "--data": how.data, "--prove": prove}
         _refuse(to_adapter | to_base | writing, "--lint only looks and merges nothing")
@@ -103,6 +104,8 @@ def merge(
         _refuse(to_adapter, "a base takes the whole update")
         shard_bytes = None if shard_size is None else _bytes(shard_size)
         _into_base(where, wanted, how, output, into, shard_bytes, replace=replace)
+    if verify:
+        _verify(output)
     if prove:
         _prove(where, how.recipe(wanted), into or where.base, output)
 
@@ -158,6 +161,15 @@ def _into_base(
         f"Merged {mix} by {how.method} into {output}: {did.num_folded} of {did.num_tensors} "
         f"tensors of {base} changed{resumed}. Rows read back are within {did.worst:.2f} of the "
         f"last place."
+    )
+
+
+def _verify(output: Path) -> None:
+    from loramix.merge.verify import verify
+
+    count = verify(output)
+    typer.echo(
+        f"Read back from the disk: all {count} tensors have the hash they were written with."
     )
 
 
