@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from loramix.adapter import Adapter
 from loramix.errors import BaseError, BaseMismatch, UnknownAdapter
 from loramix.frozen import FrozenLinear, product
-from loramix.gates import ActiveMixes, Gates, Share, like, scale_of, shrunk_by
+from loramix.gates import ActiveMixes, Gates, like, scale_of, shrunk_by
 from loramix.linear import matrix_of, shape
 from loramix.lora import Pair
 from loramix.quantized import Int8Linear, Nf4Linear
@@ -101,17 +101,20 @@ class MixedLinear(nn.Module):
         for n, gates in enumerate(self.active.gates):
             if n == 0 and fused is not None:
                 continue
-            share = self.active.share(n, self, x) if gates.keep else self._fresh(gates, x)
+            if not gates.keep:
+                update = self._fresh(gates, x, wx)
+                if update is not None and gates.span:
+                    gates.rows(y).add_(update)
+                elif update is not None:
+                    y = y + update
+                continue
+            share = self.active.share(n, self, x)
             if share is None:
                 continue
             if isinstance(share[1].b, Tiles):
                 share[1].b.add(share[0], gates.rows(y))
-                continue
-            update = self._grown(*share, gates, wx)
-            if gates.keep or gates.span:
-                gates.rows(y).add_(update)
             else:
-                y = y + update
+                gates.rows(y).add_(self._grown(*share, gates, gates.rows(wx)))
         return y
 
     def _fused(self, x: Tensor) -> Tensor | None:
@@ -136,28 +139,31 @@ class MixedLinear(nn.Module):
         updates = []
         for gates, (start, stop) in zip(self.active.gates, parts, strict=True):
             rows, wx = xs[start:stop], ys[start:stop]
-            share = self._fresh(gates, rows)
-            updates.append(
-                torch.zeros_like(wx) if share is None else self._grown(*share, gates, wx)
-            )
+            update = self._fresh(gates, rows, wx)
+            updates.append(torch.zeros_like(wx) if update is None else update)
         return torch.cat(updates).view_as(y)
 
-    def _fresh(self, gates: Gates, x: Tensor) -> Share | None:
-        """(x A^T) * g of factors that nobody keeps, as in training; None if there are none."""
+    def _fresh(self, gates: Gates, x: Tensor, wx: Tensor) -> Tensor | None:
+        """What factors that nobody keeps add, as in training; None if there are none.
+
+        Where an adapter sees an input with gaps, so does the base under its gains: as DoRA's
+        authors and PEFT have it.
+        """
         block = stacked([self], gates.adapters)
         if block is None or block.parts[0] is None:
             return None
-        x = gates.rows(x)
-        x = F.dropout(x, gates.dropout) if gates.dropout else x
-        return shrunk_by(x, block.a, scale_of(gates, block, x)), block.parts[0]
+        x, wx, part = gates.rows(x), gates.rows(wx), block.parts[0]
+        if gates.dropout:
+            x = F.dropout(x, gates.dropout)
+            wx = wx if part.gains is None else self.base(x)
+        return self._grown(shrunk_by(x, block.a, scale_of(gates, block, x)), part, gates, wx)
 
     def _grown(self, shrunk: Tensor, part: Part, gates: Gates, wx: Tensor) -> Tensor:
         """What is added to W x, [.., O]: B, and the gains of DoRA."""
         assert isinstance(part.b, Tensor)
         update = product(shrunk, part.b)
         if part.gains is not None:
-            plain = gates.rows(wx)
-            plain = plain if self.base.bias is None else plain - self.base.bias
+            plain = wx if self.base.bias is None else wx - self.base.bias
             gains = like(gates.weights, plain)[..., part.gain_owner].float() @ part.gains
             update = update + gains * plain
         return update if update.dtype == wx.dtype else update.to(wx.dtype)

@@ -53,13 +53,13 @@ def settings_of(variant, **more):
     return dataclasses.replace(PLAIN, **VARIANTS[variant][0], **more)
 
 
-def twin_of(base, variant):
+def twin_of(base, variant, **more):
     """The base in PEFT's hands, with the same settings and its own start."""
     options = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(
-            copy.deepcopy(base.model), LoraConfig(**options, **VARIANTS[variant][1])
+            copy.deepcopy(base.model), LoraConfig(**options, **VARIANTS[variant][1], **more)
         )
 
 
@@ -100,13 +100,43 @@ def test_gradients_equal_pefts(variant, learner_of):
     base = tiny_base()
     twin = twin_of(base, variant)
     learner = learner_of(base, settings_of(variant))
+    moved_alike(twin, learner)
+    (loss,) = gradients(learner.mixed, [learner], [learner.course.rows], Run())
+    assert loss == pytest.approx(backward(twin, learner.course.rows), rel=1e-5)
+    same_gradients(twin, learner)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_gradients_under_dropout_equal_pefts(variant, learner_of):
+    base = tiny_base()
+    twin = twin_of(base, variant, lora_dropout=0.4).train()
+    learner = learner_of(base, settings_of(variant, dropout=0.4))
+    moved_alike(twin, learner)
+    rows = sorted(learner.course.rows, key=lambda row: -len(row.ids))  # as a batch has them
+    losses = []
+    for seed in (1, 2):  # of the masks, a layer's after another's in both
+        torch.manual_seed(seed)
+        twin.zero_grad()
+        losses.append(backward(twin, rows))
+        torch.manual_seed(seed)
+        for weight in learner.weights.values():
+            weight.grad = None
+        (loss,) = gradients(learner.mixed, [learner], [rows], Run())
+        assert loss == pytest.approx(losses[-1], rel=1e-5)
+        same_gradients(twin, learner)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+def moved_alike(twin, learner):
+    """Both stand where they have learned something."""
     generator = torch.Generator().manual_seed(7)
     for name, theirs in pairs_of(twin, learner):
         weight = learner.weights[name]
         weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
         theirs.data = weight.detach().clone()
-    (loss,) = gradients(learner.mixed, [learner], [learner.course.rows], Run())
-    assert loss == pytest.approx(backward(twin, learner.course.rows), rel=1e-5)
+
+
+def same_gradients(twin, learner):
     for name, theirs in pairs_of(twin, learner):
         torch.testing.assert_close(learner.weights[name].grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
