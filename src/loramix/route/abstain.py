@@ -1,6 +1,6 @@
 """When no adapter fits, the base answers: one in-scope score, and a threshold with a stated target.
 
-No single sign of a foreign query wins everywhere, so five are combined by one logistic regression:
+No single sign of a foreign query wins everywhere, so six are combined by one logistic regression:
 the gate's odds against its background class, the best adapter's own odds, its lead over the second,
 the similarity to the nearest stored examples, and how that compares with their likeness among
 themselves. It learns from held-out rows of the adapters
