@@ -69,14 +69,14 @@ def full(world: World) -> list[Row]:
     sets = {"CLINC150": (world.clinc, 95.5), "BANKING77": (world.banking, 94)}
     for name, (data, target) in sets.items():
         examples, rows = grouped(data["train"]), data["test"]
-        ours, theirs = world.ours(examples), world.theirs(examples)
+        ours = world.ours(examples)
         wrong = error_of_confidence(ours, rows), their_error(examples, world.memo, rows)
         found += [
             Row(
                 f"{name}, one must be chosen",
                 hits(ours, rows),
                 "%",
-                their_hits(theirs, rows),
+                world.their_hits(examples, rows),
                 target,
             ),
             Row(f"{name}, calibration error", wrong[0], "%", wrong[1], 2, "lower"),
@@ -133,7 +133,7 @@ def few_shot(world: World) -> list[Row]:
 
 def broad(world: World) -> list[Row]:
     train, test = world.broad("train"), world.broad("test")
-    router, peers = world.ours(grouped(train)), their_hits(world.theirs(grouped(train)), test)
+    router, peers = world.ours(grouped(train)), world.their_hits(grouped(train), test)
     draws = [few(train, 20, seed, named=False) for seed in range(DRAWS)]
     ours_few, theirs_few = _means(world, draws, test)
     nearest = hits(NearestRouter.of(router), test)
@@ -149,7 +149,7 @@ def _means(
 ) -> tuple[float, float]:
     """Mean hits of both over some draws of the examples."""
     ours = [hits(world.ours(each), rows) for each in draws]
-    theirs = [their_hits(world.theirs(each), rows) for each in draws]
+    theirs = [world.their_hits(each, rows) for each in draws]
     return float(np.mean(ours)), float(np.mean(theirs))
 
 
@@ -252,9 +252,9 @@ def plain(world: World) -> list[Row]:
     """Without a sentence encoder; semantic-router keeps its own."""
     examples, rows = grouped(world.clinc["train"]), world.clinc["test"]
     router = GateRouter.fit(examples, encoder=NgramEncoder(seams=True))
-    theirs = world.theirs(examples)
+    theirs = world.their_hits(examples, rows)
     return [
-        Row("CLINC150 on n-grams alone", hits(router, rows), "%", their_hits(theirs, rows), 92.5),
+        Row("CLINC150 on n-grams alone", hits(router, rows), "%", theirs, 92.5),
         *timed(
             "one query on n-grams alone", router, unread_peer(examples, world), texts(rows)[::15], 2
         ),
@@ -282,7 +282,8 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--cache", type=Path, help="keep the vectors in this .npz file")
     options = parser.parse_args()
-    world = World(Memo(options.cache), clinc(), banking(), domains(), 1 if options.quick else 3, {})
+    draws = 1 if options.quick else 3
+    world = World(Memo(options.cache), clinc(), banking(), domains(), draws, {}, {})
     found: list[Row] = []
     for name in options.parts or PARTS:
         started = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from judged import PEER, peer
+from judged import PEER, peer, their_hits
 from queries import Memo, Pairs
 from semantic_router import IndexedRouter
 
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 class World(NamedTuple):
-    """The data sets, the encoder, how often to draw, and the routers that parts have fitted."""
+    """The data sets, the encoder, how often to draw, and what parts have fitted and judged."""
 
     memo: Memo
     clinc: dict[str, Pairs]
@@ -43,16 +43,28 @@ class World(NamedTuple):
     domain: dict[str, str]
     draws: int
     fitted: dict[int, GateRouter]
+    judged: dict[tuple[int, int], float]
 
     def broad(self, split: str) -> Pairs:
         return [(text, self.domain[intent]) for text, intent in self.clinc[split]]
 
     def ours(self, examples: Mapping[str, Sequence[str]]) -> GateRouter:
         """Fitted once, whichever parts ask; the order of examples does not matter to it."""
-        key = hash(frozenset((route, *sorted(group)) for route, group in examples.items()))
+        key = _key(examples)
         if key not in self.fitted:
             self.fitted[key] = GateRouter.fit(examples, encoder=self.memo)
         return self.fitted[key]
 
     def theirs(self, examples: Mapping[str, Sequence[str]]) -> IndexedRouter:
         return peer(examples, self.memo)
+
+    def their_hits(self, examples: Mapping[str, Sequence[str]], rows: Pairs) -> float:
+        """Judged once, whichever parts ask."""
+        key = _key(examples), hash(tuple(rows))
+        if key not in self.judged:
+            self.judged[key] = their_hits(self.theirs(examples), rows)
+        return self.judged[key]
+
+
+def _key(examples: Mapping[str, Sequence[str]]) -> int:
+    return hash(frozenset((route, *sorted(group)) for route, group in examples.items()))
