@@ -42,13 +42,19 @@ class Lookup(DenseEncoder):
 
 
 class UnitIndex(LocalIndex):
-    """Their index for vectors of unit length: without taking all norms anew at every query.
+    """Their index for vectors of unit length, in the encoder's precision, without taking all norms
+    anew at every query.
 
-    The scores are the same. Where time is measured they have their own.
+    The scores are the same but for rounding. Where time is measured they have their own.
     """
 
+    def _upsert(self, *given: Any, **more: Any) -> list[int]:
+        places = super()._upsert(*given, **more)
+        self.index = np.asarray(self.index, np.float32)
+        return places
+
     def query(self, vector: Floats, top_k: int = 5, *_: object, **__: object) -> Any:
-        scores, places = top_scores(self.index @ vector, top_k)
+        scores, places = top_scores(self.index @ np.asarray(vector, np.float32), top_k)
         return scores, [self.routes[place] for place in places]
 
     async def aquery(self, vector: Floats, top_k: int = 5, *_: object, **__: object) -> Any:
